@@ -1,0 +1,131 @@
+"""From stage pairs to batches: the rows that [`StageDPOTrainer`] trains on, and the collator that flattens them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from torch import Tensor
+
+from trl_stare.data.pairs import StagePair
+from trl_stare.data.schema import encode_png
+from trl_stare.data.trajectory import Trajectory
+from trl_stare.interfaces import Observation
+
+
+SIDES = ("chosen", "rejected")
+
+# No column may be called `image` or `images`: DPOTrainer would take the rows for chats with pictures.
+PAIR_FEATURES = Features(
+    {
+        "task": Value("string"),
+        "instruction": Value("string"),
+        "seed": Value("int64"),
+        "stage": Value("int64"),
+        "stage_name": Value("string"),
+        **{
+            f"{side}_{name}": feature
+            for side in SIDES
+            for name, feature in {
+                "frames": List(Image()),
+                "state": List(List(Value("float32"))),
+                "trace": List(List(Value("int64"))),
+                "cost": Value("float64"),
+            }.items()
+        },
+    }
+)
+"""Columns of a training row: a pair with the `M` decisions of each side's segment."""
+
+
+def pairs_dataset(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]) -> Dataset:
+    """Put the decisions of each pair's segments into one row per pair, for [`StageDPOTrainer`].
+
+    Args:
+        trajectories (`Sequence[Trajectory]`): the list the pairs were built from.
+        pairs (`Sequence[StagePair]`): see [`build_pairs`].
+
+    Raises:
+        ValueError: if a pair refers to a trajectory that is not there, is of another start, has no trace, or if a segment
+            holds no decision.
+    """
+    frames: dict[tuple[int, int], dict[str, Any]] = {}  # an episode takes part in many pairs: each image is encoded once
+    rows = []
+    for position, pair in enumerate(pairs):
+        row: dict[str, Any] = {name: getattr(pair, name) for name in ("task", "instruction", "seed", "stage", "stage_name")}
+        for side in SIDES:
+            index = getattr(pair, side)
+            trajectory = _find(trajectories, pair, index, position)
+            decisions = trajectory.decisions_in(getattr(pair, f"{side}_start"), getattr(pair, f"{side}_stop"))
+            if len(decisions) == 0:
+                raise ValueError(f"`pairs` must have a decision on each side, got none on the {side} side of pair {position}.")
+            for decision in decisions.tolist():
+                if (index, decision) not in frames:
+                    frames[index, decision] = {"bytes": encode_png(trajectory.images[decision]), "path": None}
+            row[f"{side}_frames"] = [frames[index, decision] for decision in decisions.tolist()]
+            row[f"{side}_state"] = trajectory.state[decisions].numpy()
+            row[f"{side}_trace"] = trajectory.trace[decisions].numpy()
+            row[f"{side}_cost"] = getattr(pair, f"{side}_cost")
+        rows.append(row)
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in PAIR_FEATURES}, features=PAIR_FEATURES)
+
+
+def _find(trajectories: Sequence[Trajectory], pair: StagePair, index: int, position: int) -> Trajectory:
+    if not 0 <= index < len(trajectories):
+        raise ValueError(
+            f"`pairs` must refer to the {len(trajectories)} trajectories, got {index} in pair {position}. Load the ones they "
+            f"were built from."
+        )
+    trajectory = trajectories[index]
+    found, wanted = (
+        (thing.task, thing.seed, thing.instruction) for thing in (trajectory, pair)
+    )
+    if found != wanted:
+        raise ValueError(f"`trajectories[{index}]` must be of {wanted} for pair {position}, got {found}. Load the right ones.")
+    if trajectory.trace is None:
+        raise ValueError(f"`trajectories[{index}]` must have a trace, got None. Use rollouts of a policy, not of an expert.")
+    return trajectory
+
+
+@dataclass
+class PreferenceCollator:
+    """Flatten `P` pairs into `S` decisions: all of the chosen segments first, then all of the rejected.
+
+    Args:
+        prepare (`Callable`): observations -> model inputs ([`VLAPolicy.prepare`]).
+
+    Returns a dict of:
+        - `stages` (`[P]` int64), `stage_names` (list of `P` strings), `chosen_cost`, `rejected_cost` (`[P]` float32),
+          `ref_chosen_logps`, `ref_rejected_logps` (`[P]` float32, where the rows have them);
+        - `side_ids` (`[S]` int64): which side of which pair each decision belongs to, chosen `0 .. P-1`, rejected `P .. 2P-1`;
+        - `trace` (`[S, L]` int64); `inputs` (dict of `[S, ...]`): what `prepare` made of the observations.
+
+    Example: 2 pairs with 1 and 2 chosen, 2 and 1 rejected decisions have `side_ids = [0, 1, 1, 2, 2, 3]`.
+    """
+
+    prepare: Callable[[Observation], dict[str, Tensor]]
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        images, states, trace, instructions, counts = [], [], [], [], []
+        for side in SIDES:
+            for row in rows:
+                counts.append(len(row[f"{side}_frames"]))
+                images.extend(torch.from_numpy(np.array(frame)) for frame in row[f"{side}_frames"])
+                states.extend(row[f"{side}_state"])
+                trace.extend(row[f"{side}_trace"])
+                instructions.extend([row["instruction"]] * counts[-1])
+        observation = Observation(torch.stack(images), tuple(instructions), torch.tensor(states, dtype=torch.float32))
+        batch = {"stages": torch.tensor([row["stage"] for row in rows])}  # first: Trainer counts samples by the first tensor
+        for name in ("chosen_cost", "rejected_cost", "ref_chosen_logps", "ref_rejected_logps"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        return batch | {
+            "stage_names": [row["stage_name"] for row in rows],
+            "side_ids": torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
+            "trace": torch.tensor(trace, dtype=torch.int64),
+            "inputs": self.prepare(observation),
+        }

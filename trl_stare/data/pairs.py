@@ -1,0 +1,193 @@
+"""Preference pairs by stage: which of two episodes from the same start did better, in which stage (method.md 3)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+from trl_stare.data.trajectory import Trajectory
+from trl_stare.stages import Segment, StagePlan, segment
+
+
+WHOLE_TRAJECTORY = "trajectory"
+"""Stage name of a pair that compares whole trajectories (TPO)."""
+
+OUTCOMES = ("made", "not_reached", "both_failed", "gap_too_small", "no_decision", "capped")
+"""What became of two episodes of one start in one stage: columns of the yield table."""
+
+
+@dataclass(frozen=True)
+class StagePair:
+    """Two segments of one stage, from the same initial state. Slices are half-open, in environment steps.
+
+    Args:
+        task (`str`), instruction (`str`), seed (`int`): of both episodes.
+        stage (`int`): index of the stage. stage_name (`str`): its name; [`WHOLE_TRAJECTORY`] for whole trajectories.
+        chosen (`int`), rejected (`int`): the trajectories, by position in the list the pairs were built from.
+        chosen_start (`int`), chosen_stop (`int`), rejected_start (`int`), rejected_stop (`int`): the segments.
+        chosen_cost (`float`), rejected_cost (`float`): their costs.
+        reason (`str`): `"passed"`, only the chosen side passed the stage; `"cost"`, both did, the chosen one at less cost.
+    """
+
+    task: str
+    instruction: str
+    seed: int
+    stage: int
+    stage_name: str
+    chosen: int
+    rejected: int
+    chosen_start: int
+    chosen_stop: int
+    rejected_start: int
+    rejected_stop: int
+    chosen_cost: float
+    rejected_cost: float
+    reason: str
+
+
+class PairSet(NamedTuple):
+    """Pairs, and why there are not more.
+
+    Attributes:
+        pairs (`tuple[StagePair, ...]`): in order of start, stage, trajectory.
+        yield_table (`dict[str, dict[str, int]]`): stage name -> outcome (see [`OUTCOMES`]) -> number of pairs of episodes.
+    """
+
+    pairs: tuple[StagePair, ...]
+    yield_table: dict[str, dict[str, int]]
+
+
+def build_pairs(
+    trajectories: Sequence[Trajectory],
+    plan: StagePlan,
+    *,
+    objective: str = "sta-tpo",
+    min_cost_gap: float = 0.02,
+    max_pairs_per_start: int | None = None,
+    seed: int = 0,
+) -> PairSet:
+    """Compare every two episodes with the same task, seed and instruction.
+
+    A pair of stage k is made only if both episodes reached it, i.e. passed stage k - 1. Preferred is the one that passed stage
+    k; if both did, the one of lower cost, if the costs differ by the gap at least. Each side must hold a decision. So there
+    are pairs even where no episode succeeds.
+
+    Args:
+        trajectories (`Sequence[Trajectory]`): episodes of the plan's task, several per seed.
+        plan ([`StagePlan`]): the stages.
+        objective (`str`): `"sta-tpo"`: pairs of stages. `"tpo-mean"`, `"tpo-sum"`: the whole trajectory as one segment without
+            cost, so that a pair is a success against a failure.
+        min_cost_gap (`float`): smallest difference of costs that counts, >= 0.
+        max_pairs_per_start (`int`, *optional*): most pairs of one stage from one seed; a random choice of them is kept.
+        seed (`int`): of that choice.
+
+    Raises:
+        ValueError: if an episode is of another task, or an argument out of range.
+
+    Example: of one seed, A passed Reach and Grasp, B passed Reach at a higher cost and failed to grasp, C failed to reach:
+    Reach gets A > B (cost), A > C, B > C (passed), Grasp gets A > B; C takes no part in Grasp.
+    """
+    _check_arguments(trajectories, plan, objective, min_cost_gap, max_pairs_per_start)
+    whole = objective != "sta-tpo"
+    names = (WHOLE_TRAJECTORY,) if whole else plan.names
+    cuts = [_whole(trajectory) if whole else segment(plan, trajectory.signals) for trajectory in trajectories]
+    starts: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for index, trajectory in enumerate(trajectories):
+        starts[trajectory.seed, trajectory.instruction].append(index)
+
+    chooser, pairs, table = random.Random(seed), [], {name: Counter() for name in names}
+    for members in starts.values():
+        for stage, name in enumerate(names):
+            made = []
+            for first, second in combinations(members, 2):
+                outcome = _compare(trajectories, cuts, first, second, stage, name, min_cost_gap)
+                if isinstance(outcome, StagePair):
+                    made.append(outcome)
+                else:
+                    table[name][outcome] += 1
+            kept = made
+            if max_pairs_per_start is not None and len(made) > max_pairs_per_start:
+                kept = [made[index] for index in sorted(chooser.sample(range(len(made)), max_pairs_per_start))]
+            table[name]["made"] += len(kept)
+            table[name]["capped"] += len(made) - len(kept)
+            pairs.extend(kept)
+    return PairSet(tuple(pairs), {name: {outcome: table[name][outcome] for outcome in OUTCOMES} for name in names})
+
+
+def format_yield(yield_table: Mapping[str, Mapping[str, int]]) -> str:
+    """The yield table as aligned text, a line per stage."""
+    width = max(len("stage"), *map(len, yield_table))
+    lines = ["  ".join([f"{'stage':{width}}", *OUTCOMES])]
+    for name, counts in yield_table.items():
+        lines.append("  ".join([f"{name:{width}}", *(f"{counts[outcome]:>{len(outcome)}}" for outcome in OUTCOMES)]))
+    return "\n".join(lines)
+
+
+def _compare(
+    trajectories: Sequence[Trajectory],
+    cuts: Sequence[tuple[Segment, ...]],
+    first: int,
+    second: int,
+    stage: int,
+    name: str,
+    min_cost_gap: float,
+) -> StagePair | str:
+    """The pair of two episodes in one stage, or the outcome that says why there is none."""
+    if len(cuts[first]) <= stage or len(cuts[second]) <= stage:
+        return "not_reached"
+    parts = {index: cuts[index][stage] for index in (first, second)}
+    if not any(part.passed for part in parts.values()):
+        return "both_failed"
+    if not all(len(trajectories[index].decisions_in(part.start, part.stop)) for index, part in parts.items()):
+        return "no_decision"
+    # passing comes before cost
+    chosen, rejected = sorted(parts, key=lambda index: (not parts[index].passed, parts[index].cost))
+    better, worse = parts[chosen], parts[rejected]
+    gap = worse.cost - better.cost
+    if worse.passed and (gap < min_cost_gap or gap == 0.0):
+        return "gap_too_small"
+    trajectory = trajectories[chosen]
+    return StagePair(
+        task=trajectory.task,
+        instruction=trajectory.instruction,
+        seed=trajectory.seed,
+        stage=stage,
+        stage_name=name,
+        chosen=chosen,
+        rejected=rejected,
+        chosen_start=better.start,
+        chosen_stop=better.stop,
+        rejected_start=worse.start,
+        rejected_stop=worse.stop,
+        chosen_cost=better.cost,
+        rejected_cost=worse.cost,
+        reason="cost" if worse.passed else "passed",
+    )
+
+
+def _whole(trajectory: Trajectory) -> tuple[Segment, ...]:
+    return (Segment(0, 0, trajectory.num_steps, trajectory.success_once, 0.0),)
+
+
+def _check_arguments(
+    trajectories: Sequence[Trajectory],
+    plan: StagePlan,
+    objective: str,
+    min_cost_gap: float,
+    max_pairs_per_start: int | None,
+) -> None:
+    if objective not in ("sta-tpo", "tpo-mean", "tpo-sum"):
+        raise ValueError(f"`objective` must be 'sta-tpo', 'tpo-mean' or 'tpo-sum', got {objective!r}.")
+    if min_cost_gap < 0:
+        raise ValueError(f"`min_cost_gap` must be >= 0, got {min_cost_gap}.")
+    if max_pairs_per_start is not None and max_pairs_per_start < 1:
+        raise ValueError(f"`max_pairs_per_start` must be None or at least 1, got {max_pairs_per_start}.")
+    for index, trajectory in enumerate(trajectories):
+        if trajectory.task != plan.task:
+            raise ValueError(
+                f"`trajectories` must all be of the plan's task {plan.task!r}, got {trajectory.task!r} at position {index}."
+            )

@@ -1,0 +1,74 @@
+"""Which simulator a task name stands for. No simulator is imported here, so that `import trl_stare` needs none."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from trl_stare.interfaces import Signals
+
+
+@dataclass(frozen=True)
+class SimulatedTask:
+    """How a ManiSkill environment becomes a task: what it is told, what is read off it, and who can show it.
+
+    Args:
+        name (`str`): the name users say, e.g. `"StackCube-v1"`.
+        env_id (`str`): id for `gym.make`.
+        instruction (`str`): what the policy is told.
+        signals (`Callable[[BaseEnv, dict], dict[str, Tensor]]`): reads privileged state off the unwrapped environment and its
+            `get_info()`: name -> `[B]` bool or `[B, D]` float32. Must contain `"success"`, and only instantaneous values.
+        signal_shapes (`dict[str, int]`): name -> `D`, or 0 for a `[B]` bool signal.
+        demonstrate (`Callable[[Signals], Tensor]`, *optional*): scripted expert, signals `[N, ...]` -> `[N, A]` actions.
+        control_mode (`str`): 7-dimensional end-effector control by default.
+        robot (`str`): ManiSkill robot uid.
+        camera (`str`): which of the environment's cameras the policy sees.
+        camera_config (`dict`): overrides for that camera (ManiSkill's `sensor_configs`); the image size is set apart.
+        env_kwargs (`dict`): more arguments for `gym.make`.
+    """
+
+    name: str
+    env_id: str
+    instruction: str
+    signals: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]]
+    signal_shapes: Mapping[str, int]
+    demonstrate: Callable[[Signals], Tensor] | None = None
+    control_mode: str = "pd_ee_delta_pose"
+    robot: str = "panda"
+    camera: str = "base_camera"
+    camera_config: Mapping[str, Any] = field(default_factory=dict)
+    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.signal_shapes.get("success") != 0:
+            raise ValueError(
+                f"`signal_shapes` of task {self.name!r} must contain 'success' as a bool signal (0), got "
+                f"{dict(self.signal_shapes)}. Add the environment's own success."
+            )
+
+
+_TASKS: dict[str, SimulatedTask] = {}
+
+
+def register_simulated_task(task: SimulatedTask) -> None:
+    """Make `task` known to [`make_env`]. A second registration of a name replaces the first."""
+    _TASKS[task.name] = task
+
+
+def get_simulated_task(name: str) -> SimulatedTask:
+    """Look a task up.
+
+    Raises:
+        ValueError: if `name` is unknown; lists the known names and the nearest one.
+    """
+    if name not in _TASKS:
+        nearest = difflib.get_close_matches(name, _TASKS, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(
+            f"`task` must be one of {sorted(_TASKS)}, got {name!r}.{hint} Use `register_task` for a task of your own."
+        )
+    return _TASKS[name]

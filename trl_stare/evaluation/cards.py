@@ -1,0 +1,143 @@
+"""Model cards: what a checkpoint is and what it was measured to do, in the Hub's own format. Works offline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from trl_stare.evaluation.records import PHASES, PhaseResult
+from trl_stare.evaluation.report import format_seconds, format_seeds, markdown_table, package_versions, stage_cells
+from trl_stare.evaluation.statistics import format_rate
+
+
+METHODS = {
+    "imitation": "imitation of demonstrations (supervised fine-tuning).",
+    "preference": "stage-wise preference optimisation (StA-TPO) of the imitation policy, on pairs of its own rollouts.",
+    "interaction": "stage-aware PPO (StA-PPO) of the preference policy, in the simulator.",
+}
+"""What each phase does, in the card's words."""
+
+TAGS = ("robotics", "reinforcement-learning", "vision-language-action", "trl", "stare")
+
+
+def card_template(name: str) -> str:
+    """The text of `hub_cards/{name}`: from the installed package, or from the source checkout this file lies in.
+
+    Raises:
+        FileNotFoundError: if it is in neither.
+    """
+    checkout = Path(__file__).resolve().parents[2] / "hub_cards"
+    try:
+        folders = [files("trl_stare.hub_cards"), checkout]
+    except ModuleNotFoundError:
+        folders = [checkout]
+    for folder in folders:
+        if (template := folder / name).is_file():
+            return template.read_text(encoding="utf-8")
+    raise FileNotFoundError(
+        f"`name` must be a card template, got {name!r}, which is in none of: {', '.join(map(str, folders))}. "
+        "Install trl-stare again."
+    )
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    *,
+    phase: str,
+    result: PhaseResult | Mapping[str, Any],
+    task: str,
+    usage: str,
+    visuals: str | None = None,
+    started_from: str | None = None,
+    model_name: str | None = None,
+    license: str = "apache-2.0",
+    versions: Mapping[str, str | None] | None = None,
+) -> Path:
+    """Write `README.md` into the folder of a checkpoint.
+
+    Args:
+        folder (`str`): the checkpoint's folder; must exist.
+        phase (`str`): one of `PHASES`.
+        result (`PhaseResult` or `Mapping`): its evaluation, or that phase of `results.json`.
+        task (`str`): registered task name.
+        usage (`str`): Python lines that load the checkpoint.
+        visuals (`str`, *optional*): which visuals the episodes were rendered with.
+        started_from (`str`, *optional*): the checkpoint the phase started from.
+        model_name (`str`, *optional*): `"{task}-{phase}"` by default.
+        license (`str`): identifier as the Hub lists it.
+        versions (`Mapping`, *optional*): of packages; [`package_versions`] by default.
+
+    Returns:
+        the path of the card.
+
+    Raises:
+        ValueError: for an unknown phase.
+        FileNotFoundError: if `folder` does not exist.
+    """
+    if phase not in METHODS:
+        raise ValueError(f"`phase` must be one of {', '.join(PHASES)}, got {phase!r}.")
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`folder` must be the folder of a checkpoint, got {str(folder)!r}. Save the model first.")
+    evaluation = result.to_dict() if isinstance(result, PhaseResult) else result
+    model_name = model_name or f"{task}-{phase}"
+    card = ModelCard.from_template(
+        _card_data(model_name, task, evaluation, license),
+        template_str=card_template("model_card.md"),
+        model_name=model_name,
+        task=task,
+        phase=phase,
+        method=METHODS[phase],
+        usage=usage.strip(),
+        visuals=visuals,
+        started_from=started_from,
+        n_episodes=evaluation["n_episodes"],
+        temperature=evaluation["temperature"],
+        max_episode_steps=evaluation["max_episode_steps"],
+        env_steps=evaluation["env_steps"],
+        wall_s=None if evaluation["wall_s"] is None else format_seconds(evaluation["wall_s"]),
+        success_table=_success_table(evaluation),
+        stage_table=markdown_table(("stage", "success"), stage_cells(evaluation).items()),
+        seeds=format_seeds(evaluation["eval_seeds"]),
+        versions=versions or package_versions(),
+    )
+    path = folder / "README.md"
+    card.save(path)
+    return path
+
+
+def _card_data(model_name: str, task: str, evaluation: Mapping[str, Any], license: str) -> ModelCardData:
+    """The metadata, with both success rules in its model-index."""
+    eval_results = [
+        EvalResult(
+            task_type="robotics",
+            task_name="Robotics",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=rule,
+            metric_name=f"{rule}, n = {evaluation['n_episodes']}, {format_rate(evaluation[rule], evaluation[f'{rule}_ci95'])}",
+            metric_value=round(evaluation[rule], 4),
+        )
+        for rule in ("success_once", "success_at_end")
+    ]
+    return ModelCardData(
+        model_name=model_name,
+        library_name="transformers",
+        pipeline_tag="robotics",
+        license=license,
+        tags=list(TAGS),
+        eval_results=eval_results,
+    )
+
+
+def _success_table(evaluation: Mapping[str, Any]) -> str:
+    rows = [
+        (rule.replace("_", " "), evaluation["n_episodes"], format_rate(evaluation[rule], evaluation[f"{rule}_ci95"]))
+        for rule in ("success_once", "success_at_end")
+    ]
+    return markdown_table(("", "n", "rate"), rows)

@@ -1,0 +1,170 @@
+"""The vocabulary of the package: records that flow between simulator, policy and trainer, and the two protocols.
+
+Shapes: `N` environments, `D` values of a signal, `H x W` pixels, `P` proprioceptive values, `C` environment steps in an
+action chunk, `A` action dimensions, `L` action tokens of one decision (`C * A` for a token policy), `F` features.
+
+A *decision* is one call of the policy: it looks once and commits to a chunk of `C` environment steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+Signals = Mapping[str, Tensor]
+"""Privileged simulator state by name. At one moment `[N]` bool or `[N, D]` float32; along a trajectory `[T]` or `[T, D]`."""
+
+
+class Observation(NamedTuple):
+    """What a policy may see.
+
+    Attributes:
+        images (`Tensor`): `[N, H, W, 3]` uint8, RGB.
+        instructions (`tuple[str, ...]`): `N` instructions.
+        state (`Tensor` or `None`): `[N, P]` float32 proprioception, in metres, unit quaternions (wxyz) and radians.
+    """
+
+    images: Tensor
+    instructions: tuple[str, ...]
+    state: Tensor | None
+
+
+class Start(NamedTuple):
+    """What [`VectorEnv.reset`] returns: the first moment of `N` episodes.
+
+    Attributes:
+        obs (`Observation`): first observations.
+        signals (`Signals`): name -> `[N]` or `[N, D]`, at `obs`.
+        episode (`Tensor`): `[N]` int64, index into the seeds given to `reset`; -1 where there was no seed left.
+    """
+
+    obs: Observation
+    signals: Signals
+    episode: Tensor
+
+
+class Step(NamedTuple):
+    """The result of one decision. Where an episode ended, the next seed's episode has already begun in `obs`.
+
+    Attributes:
+        obs (`Observation`): what the policy looks at next.
+        signals (`Signals`): name -> `[N]` or `[N, D]`, at `obs`.
+        episode (`Tensor`): `[N]` int64, which of `reset`'s seeds `obs` belongs to; -1 where none is left.
+        chunk_signals (`Signals`): name -> `[N, C]` or `[N, C, D]`, after each environment step of the chunk; rows past
+            `num_steps` repeat the last one.
+        reward (`Tensor`): `[N, C]` float32, the task's own sparse reward of each environment step, 0 past `num_steps`.
+        num_steps (`Tensor`): `[N]` int64, environment steps executed; less than `C` where the episode ended, 0 for idle rows.
+        terminated (`Tensor`): `[N]` bool, the task itself ended the episode (success).
+        truncated (`Tensor`): `[N]` bool, the time limit did. Never both.
+        final_obs (`Observation`): last observation of the episode that ended; equals `obs` in the other rows.
+        final_signals (`Signals`): name -> `[N]` or `[N, D]`, at `final_obs`.
+    """
+
+    obs: Observation
+    signals: Signals
+    episode: Tensor
+    chunk_signals: Signals
+    reward: Tensor
+    num_steps: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    final_obs: Observation
+    final_signals: Signals
+
+
+class ActionSample(NamedTuple):
+    """What a policy did, and what is needed to score it again.
+
+    Attributes:
+        actions (`Tensor`): `[N, C, A]` float32, robot units (what the controller takes).
+        trace (`Tensor`): `[N, L]` int64, the action as the policy sampled it (bin indices of a token policy).
+        logps (`Tensor`): `[N, L]` float32, log-probabilities under the sampling distribution, temperature included.
+        features (`Tensor`): `[N, F]` float32, the hidden state a value head may read.
+    """
+
+    actions: Tensor
+    trace: Tensor
+    logps: Tensor
+    features: Tensor
+
+
+class ActionEval(NamedTuple):
+    """A differentiable second look at sampled actions.
+
+    Attributes:
+        logps (`Tensor`): `[N, L]`; equals [`ActionSample`]'s at equal weights and temperature.
+        entropies (`Tensor`): `[N, L]`, nats.
+        features (`Tensor`): `[N, F]`.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    features: Tensor
+
+
+@runtime_checkable
+class VLAPolicy(Protocol):
+    """A vision-language-action policy, as every trainer and the evaluation see it.
+
+    Attributes:
+        model (`torch.nn.Module`): the trainable module (a `PreTrainedModel`, maybe wrapped by PEFT, DDP or DeepSpeed).
+        chunk_size (`int`): `C`. action_dim (`int`): `A`.
+    """
+
+    model: torch.nn.Module
+    chunk_size: int
+    action_dim: int
+
+    def prepare(self, obs: Observation) -> dict[str, Tensor]:
+        """Turn observations into model inputs with first dimension `N`: pure, on the CPU, images still uint8."""
+
+    def act(self, inputs: dict[str, Tensor], *, temperature: float, generator: torch.Generator | None) -> ActionSample:
+        """Sample one chunk per row, without gradients. `temperature` 0 is greedy."""
+
+    def evaluate(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0) -> ActionEval:
+        """Score `trace` again, differentiably."""
+
+    def score(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
+        """`[N]`: what a preference loss compares, the log-likelihood of the whole chunk at temperature 1."""
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """`[N, C, A]` robot units -> `[N, L]` trace."""
+
+    def decode(self, trace: Tensor) -> Tensor:
+        """`[N, L]` trace -> `[N, C, A]` robot units."""
+
+    def save_pretrained(self, folder: str, **kwargs: Any) -> None:
+        """Write model and processor to `folder`."""
+
+
+class VectorEnv(Protocol):
+    """`num_envs` environments of one task that play a list of seeded episodes.
+
+    Attributes:
+        num_envs (`int`): `N`. task (`str`): registered task name. instruction (`str`).
+        max_episode_steps (`int`): the time limit in environment steps. signal_names (`tuple[str, ...]`).
+        metadata (`dict`): what a result must record: backend, visuals, image size, versions.
+    """
+
+    num_envs: int
+    task: str
+    instruction: str
+    max_episode_steps: int
+    signal_names: tuple[str, ...]
+    metadata: dict[str, Any]
+
+    def reset(self, seeds: Sequence[int], *, ignore_terminations: bool = False) -> Start:
+        """Begin the episodes of `seeds`. Any number of them: finished environments take the next one by themselves.
+
+        With `ignore_terminations` an episode goes on to its time limit after a success (evaluation: success at end).
+        """
+
+    def step(self, actions: Tensor) -> Step:
+        """Execute `[N, C, A]` robot-unit action chunks. Rows of idle environments are ignored."""
+
+    def close(self) -> None:
+        """End the simulators."""

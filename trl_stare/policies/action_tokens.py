@@ -1,0 +1,54 @@
+"""Continuous actions as bins, and the statistics that scale them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ActionBins:
+    """Uniform bins over `[-scale, scale]` of every action dimension.
+
+    With an odd number of bins the middle one is exactly zero: a policy can hold still without drifting.
+
+    Args:
+        scale (`Tensor`): `[A]`, largest magnitude per dimension in robot units.
+        num_bins (`int`): odd, at least 3. action_dim (`int`): `A`.
+
+    Example: 5 bins and scale 1 stand for -1, -0.5, 0, 0.5, 1.
+    """
+
+    def __init__(self, scale: Tensor, *, num_bins: int, action_dim: int):
+        if num_bins < 3 or num_bins % 2 == 0:
+            raise ValueError(f"`num_bins` must be odd and at least 3, got {num_bins}.")
+        if scale.shape != (action_dim,):
+            raise ValueError(f"`scale` must hold {action_dim} values, one per action dimension, got {scale.tolist()}.")
+        if not (torch.isfinite(scale).all() and (scale > 0).all()):
+            raise ValueError(f"`scale` must be finite and positive, got {scale.tolist()}. Compute it from demonstrations.")
+        self.scale, self.num_bins, self.half = scale.float(), num_bins, num_bins // 2
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """`[..., A]` robot units -> `[..., A]` bins; values beyond the scale go to the outermost bin."""
+        return (actions / self.scale * self.half).round().clamp(-self.half, self.half).long() + self.half
+
+    def decode(self, bins: Tensor) -> Tensor:
+        """`[..., A]` bins -> `[..., A]` robot units, the bins' centres."""
+        return (bins - self.half) / self.half * self.scale
+
+
+def norm_stats(actions: Tensor, state: Tensor) -> dict[str, Any]:
+    """Statistics of demonstrations, as they travel in a checkpoint's config.
+
+    Args:
+        actions (`Tensor`): `[T, A]` robot units. state (`Tensor`): `[T, P]`.
+
+    A dimension that never moves (no rotation in the demonstrations) keeps the controller's full range of 1, and its middle bin.
+    State values that never change keep a std of 1.
+    """
+    scale = actions.abs().quantile(0.99, dim=0)
+    scale = torch.where(scale < 1e-3, torch.ones_like(scale), scale)
+    std = state.std(dim=0)
+    std = torch.where(std < 1e-6, torch.ones_like(std), std)
+    return {"action": {"scale": scale.tolist()}, "state": {"mean": state.mean(dim=0).tolist(), "std": std.tolist()}}

@@ -1,0 +1,204 @@
+"""What a stage is, what a plan of stages is, and what a plan says about one moment.
+
+A plan cuts an episode at *events*, not at fixed times: stage `k` is entered where the event of stage `k - 1` holds and
+ends where its own event holds. The last event is the environment's own success. Stages are counted from 0, `K` is
+their number.
+
+Everything here looks at single moments and forgets the past: a dropped object falls back to an earlier stage, so
+potentials are functions of the state. The other reading, with memory, is [`segment`].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl_stare.interfaces import Signals
+from trl_stare.stages.check import check_names, check_shape, check_signals
+from trl_stare.stages.measures import succeeded
+
+
+POTENTIAL_FORMS = ("staged", "literal")
+"""`staged` is our default, `literal` the formula as the paper states it (`StagePlan.potential`)."""
+
+_SIGMOID_OF_ONE = 1.0 / (1.0 + math.exp(-1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a task.
+
+    Args:
+        name (`str`): e.g. `"Reach"`.
+        done (`Callable[[Signals], Tensor]`): the event that ends the stage, `[...]` bool, true as long as it holds. Of
+            the last stage it must be [`succeeded`].
+        distance (`Callable[[Signals], Tensor]`): `[...]`, how far the stage is from its end, >= 0.
+        scale (`float`): `L_k`, in units of `distance`: the distance at which progress is `sigmoid(0) / sigmoid(1)`,
+            about 0.68.
+        reads (`tuple[str, ...]`): names of the signals that `done` and `distance` read. They are given no others.
+        cost_scale (`float`, *optional*): what `distance` is divided by in costs; `scale` where it is not given.
+    """
+
+    name: str
+    done: Callable[[Signals], Tensor]
+    distance: Callable[[Signals], Tensor]
+    scale: float
+    reads: tuple[str, ...]
+    cost_scale: float | None = None
+
+    def __post_init__(self):
+        for field in ("scale", "cost_scale"):
+            value = getattr(self, field)
+            if value is not None and not 0.0 < value < math.inf:
+                raise ValueError(f"`{field}` of stage {self.name!r} must be positive and finite, got {value}.")
+
+
+class _Declared(dict):
+    """The signals one stage has declared: an undeclared one is a mistake even where the environment offers it."""
+
+    def __init__(self, stage: Stage, signals: Signals):
+        super().__init__({name: signals[name] for name in stage.reads})
+        self._stage = stage
+
+    def __missing__(self, name: str):
+        stage = self._stage
+        raise ValueError(f"`reads` of stage {stage.name!r} must contain {name!r}, got {stage.reads}. Add it.")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The stages of one task, in order.
+
+    Args:
+        task (`str`): registered task name.
+        stages (`tuple[Stage, ...]`): two or more, with different names; the last one ends with [`succeeded`].
+
+    All methods take signals of any leading shape, and raise `ValueError` naming the signal if one is missing, not
+    finite or of another leading shape.
+
+    Example: with stages Reach, Grasp, Transport, Stack, a cube held in the air has `current_stage` 2 (Transport), and
+    a potential between 0.5 and 0.75. Dropped on the table, with the hand above it, `current_stage` is 0 again.
+    """
+
+    task: str
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self):
+        names = [stage.name for stage in self.stages]
+        if not isinstance(self.stages, tuple) or len(names) < 2:
+            raise ValueError(f"`stages` of {self.task!r} must be a tuple of two or more stages, got {self.stages}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"`stages` of {self.task!r} must have different names, got {names}.")
+        if self.stages[-1].done is not succeeded or "success" not in self.stages[-1].reads:
+            raise ValueError(
+                f"`done` of the last stage of {self.task!r} ({names[-1]!r}) must be `trl_stare.stages.succeeded`, "
+                f"with 'success' in `reads`: only the environment says what success is."
+            )
+
+    def __len__(self) -> int:
+        """`K`."""
+        return len(self.stages)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The stages' names, in order."""
+        return tuple(stage.name for stage in self.stages)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of all signals the plan reads, each once."""
+        return tuple(dict.fromkeys(name for stage in self.stages for name in stage.reads))
+
+    def validate_signals(self, signal_names: Collection[str]) -> None:
+        """Raise unless an environment that offers `signal_names` can feed this plan. Call it before any rollout.
+
+        Raises:
+            ValueError: names the missing signals and lists the known ones.
+        """
+        check_names(self.task, self.reads, signal_names)
+
+    def exits(self, signals: Signals) -> Tensor:
+        """Which events hold now, `[..., K]` bool. Success implies all of them.
+
+        Raises:
+            ValueError: if a `done` does not return bool of the leading shape; names the stage.
+        """
+        lead = check_signals(self.task, self.reads, signals)
+        columns = []
+        for stage in self.stages:
+            done = check_shape(self.task, stage.name, "done", stage.done(_Declared(stage, signals)), lead)
+            if done.dtype != torch.bool:
+                raise ValueError(
+                    f"`done` of stage {stage.name!r} of {self.task!r} must return bool, got {done.dtype}."
+                )
+            columns.append(done | signals["success"])
+        return torch.stack(columns, dim=-1)
+
+    def distances(self, signals: Signals) -> Tensor:
+        """How far each stage is from its end, whichever is current, `[..., K]` in each stage's own unit.
+
+        Raises:
+            ValueError: if a distance is negative or not finite; names the stage.
+        """
+        lead = check_signals(self.task, self.reads, signals)
+        columns = []
+        for stage in self.stages:
+            distance = stage.distance(_Declared(stage, signals))
+            columns.append(check_shape(self.task, stage.name, "distance", distance, lead))
+            if not ((distance >= 0) & torch.isfinite(distance)).all():
+                raise ValueError(
+                    f"`distance` of stage {stage.name!r} of {self.task!r} must be finite and >= 0, got a minimum of "
+                    f"{distance.min().item()} and a maximum of {distance.max().item()}."
+                )
+        return torch.stack(columns, dim=-1)
+
+    def costs(self, signals: Signals) -> Tensor:
+        """What a moment costs in each stage, `[..., K]`: `distance_k / cost_scale_k` (method.md 2)."""
+        distances = self.distances(signals)
+        scales = [stage.scale if stage.cost_scale is None else stage.cost_scale for stage in self.stages]
+        return distances / distances.new_tensor(scales)
+
+    def current_stage(self, signals: Signals) -> Tensor:
+        """The stage now, `[...]` int64: one past the last event that holds now, 0 if none does, `K` at success."""
+        exits = self.exits(signals)
+        after = torch.arange(1, len(self) + 1, device=exits.device)
+        return (exits * after).amax(dim=-1)
+
+    def progress(self, signals: Signals) -> Tensor:
+        """How far the current stage has come, `[...]`: `sigmoid(1 - d_k / L_k) / sigmoid(1)`, or 1 at success."""
+        return self._progress(signals, self.current_stage(signals))
+
+    def potential(self, signals: Signals, form: str = "staged") -> Tensor:
+        """The potential of each moment, `[...]`, for [`shaped_reward`] (method.md 2).
+
+        Args:
+            signals (`Signals`): name -> `[...]` or `[..., D]`.
+            form (`str`): `"staged"`: `(k + phi_k) / K` in (0, 1], 1 at success; no stage lies below an earlier one.
+                `"literal"`: `sigmoid(1 - d_k / L_k)`, as the paper states it. It drops where a stage begins. At
+                success nothing is left to do, so d = 0 and the potential is `sigmoid(1)`, about 0.731: the formula's
+                largest value.
+
+        Raises:
+            ValueError: for an unknown form; lists the known ones.
+        """
+        if form not in POTENTIAL_FORMS:
+            raise ValueError(f"`form` must be one of {POTENTIAL_FORMS}, got {form!r}.")
+        current = self.current_stage(signals)
+        phi = self._progress(signals, current)
+        if form == "literal":
+            return phi * _SIGMOID_OF_ONE
+        # at success the last stage counts as complete: (K - 1 + 1) / K
+        return (current.clamp(max=len(self) - 1) + phi) / len(self)
+
+    def _progress(self, signals: Signals, current: Tensor) -> Tensor:
+        distances = self.distances(signals)
+        scales = distances.new_tensor([stage.scale for stage in self.stages])
+        index = current.clamp(max=len(self) - 1).unsqueeze(-1)
+        nearness = 1.0 - (distances / scales).gather(-1, index).squeeze(-1)
+        phi = torch.sigmoid(nearness) / _SIGMOID_OF_ONE
+        # rounding must not lift a distance of zero above 1
+        return torch.where(current == len(self), 1.0, phi.clamp(max=1.0))

@@ -1,0 +1,96 @@
+"""The one module that imports private names of TRL and works around faults of the libraries: an upgrade breaks here first.
+
+`tests/test_trl_contract.py` names every attribute of TRL and transformers that the trainers lean on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+# TRL documents its trainers, not their base; but `_BaseTrainer` (HF's `Trainer` plus TRL's cards, tags and logging) and
+# `_BaseConfig` (its defaults) are what all of them share, and the only root left since `PPOTrainer` was removed in 1.13.
+from trl.trainer.base_config import _BaseConfig
+from trl.trainer.base_trainer import _BaseTrainer
+
+# Switches the adapter of a PEFT model off (or to TRL's frozen copy "ref") and back: how TRL gets a reference for free.
+from trl.trainer.utils import use_adapter
+
+
+__all__ = ["_BaseConfig", "_BaseTrainer", "forward_once", "keep_forward", "restore_weights", "use_adapter"]
+
+
+@contextmanager
+def keep_forward(model: nn.Module) -> Iterator[None]:
+    """Undo what the block does to `model.forward`.
+
+    `DPOTrainer.__init__` replaces `forward` on the *instance* by a fused LM head that closes over this very model: a later
+    `deepcopy` would silently go on running the original's weights. We never use that head, so it does not stay.
+    """
+    own = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        if own is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.forward = own
+
+
+def forward_once(wrapper: nn.Module, inner: nn.Module, method: Callable[..., Any], *args: Any) -> Any:
+    """Call `method(*args)` inside exactly one forward of `wrapper`.
+
+    DDP and DeepSpeed prepare their gradient reduction in the wrapper's `forward`, once per backward. A loss that needs
+    several forwards of the model (micro-batches), or another entry than `forward`, must therefore run within one call of
+    the wrapper. So `inner.forward` is replaced for the length of that call; as soon as the wrapper arrives there, the
+    real `forward` is put back, because `method` itself calls the model.
+
+    Args:
+        wrapper (`nn.Module`): what accelerate prepared.
+        inner (`nn.Module`): the model in it. May be `wrapper` itself, and then `method` is simply called.
+        method (`Callable`): what to run; it must reach the model through `inner`, not through `wrapper`.
+
+    Returns:
+        What `method` returns.
+
+    Example:
+        ```python
+        >>> forward_once(ddp_model, ddp_model.module, policy.score, inputs, trace)
+        ```
+    """
+    if wrapper is inner:
+        return method(*args)
+    own = inner.__dict__.get("forward")
+
+    def forward(*args: Any) -> Any:
+        if own is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.forward = own
+        return method(*args)
+
+    with keep_forward(inner):
+        inner.forward = forward
+        return wrapper(*args)
+
+
+def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Load all weights of a checkpoint into `model`, in place, or raise.
+
+    `Trainer._load_from_checkpoint` of transformers 5.23 reads the file with `strict=False`: where `save_pretrained` renames
+    keys (LLaVA, PaliGemma), *none* are found and training goes on from the initial weights with a mere warning
+    (huggingface/transformers#43701). `from_pretrained` knows the renaming.
+
+    Raises:
+        ValueError: if the checkpoint lacks weights of the model or has others.
+    """
+    loaded, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind.endswith("_keys")}
+    if problems:
+        raise ValueError(f"`{folder}` must hold the weights of {type(model).__name__}, got {problems}. Resume from another.")
+    model.load_state_dict(loaded.state_dict(), strict=True)

@@ -1,0 +1,271 @@
+"""Preference optimisation by stage: TRL's `DPOTrainer`, with pairs of trajectory segments in place of pairs of texts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl import DPOTrainer
+
+from trl_stare.data.collators import PAIR_FEATURES, PreferenceCollator
+from trl_stare.data.pairs import WHOLE_TRAJECTORY
+from trl_stare.interfaces import VLAPolicy
+from trl_stare.losses import stage_preference_loss
+from trl_stare.trainers._compat import forward_once, keep_forward, restore_weights, use_adapter
+from trl_stare.trainers.stage_dpo_config import StageDPOConfig
+
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+class StageDPOTrainer(DPOTrainer):
+    """
+    Trainer for StA-TPO (STARE-VLA, arXiv 2512.05107): DPO on one stage of two trajectories at a time.
+
+    What differs from [`~trl.DPOTrainer`]: a row is a pair of segments ([`pairs_dataset`]); a side's score is the mean (or sum)
+    over its decisions of the chunk's log-likelihood; the loss is [`stage_preference_loss`]. The reference is the policy as it
+    is when the trainer is made, or `ref_policy`; its scores are computed then, once.
+
+    Args:
+        policy ([`VLAPolicy`]): what is trained: its `model` is a [`~transformers.PreTrainedModel`] (or a `PeftModel`).
+        args ([`StageDPOConfig`]): the configuration.
+        train_dataset ([`~datasets.Dataset`]), eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*): rows of
+            [`pairs_dataset`].
+        ref_policy ([`VLAPolicy`], *optional*): another reference. To resume, construct the trainer with the same reference
+            as at first, i.e. with the checkpoint that training began from.
+        processing_class (*optional*): processor or tokenizer to save beside the model; `policy.processor` by default.
+        callbacks, optimizers, peft_config (*optional*): as in [`~trl.DPOTrainer`]. With `peft_config` save by
+            `trainer.save_model()`, not by the policy.
+
+    Logged: TRL's `rewards/chosen|rejected|margins|accuracies` (`beta` times the gain over the reference, without costs), and
+    `stage/{name}/loss|margin|accuracy|pairs`.
+
+    Raises:
+        ValueError: if the rows are not stage pairs, are none, or do not fit the objective.
+
+    Example:
+        ```python
+        >>> pairs = build_pairs(trajectories, get_plan("StackCube-v1")).pairs
+        >>> args = StageDPOConfig("preference", step_micro_batch_size=32)
+        >>> trainer = StageDPOTrainer(policy, args, pairs_dataset(trajectories, pairs))
+        >>> trainer.train()
+        ```
+    """
+
+    _tag_names = ["trl", "trl-stare", "sta-tpo"]
+    _name = "StA-TPO"
+    _paper = {"title": "STARE-VLA: Stage-Aware Reinforcement", "id": "2512.05107"}
+
+    def __init__(
+        self,
+        policy: VLAPolicy,
+        args: StageDPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        *,
+        ref_policy: VLAPolicy | None = None,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        peft_config: Any = None,
+    ):
+        if not isinstance(args, StageDPOConfig):
+            raise TypeError(f"`args` must be a StageDPOConfig, got {type(args).__name__}.")
+        processing_class = getattr(policy, "processor", None) if processing_class is None else processing_class
+        if processing_class is None:
+            raise ValueError("`processing_class` must be a processor or tokenizer, got None and no `policy.processor`.")
+        # the parent's constructor comes back to these (`_prepare_dataset`, `compute_ref_log_probs`)
+        self.policy, self.ref_policy = policy, ref_policy
+        self.stage_names: list[str] = []
+        self._records: dict[str, list[Tensor]] = {"train": [], "eval": []}
+        with contextlib.ExitStack() as stack:
+            for kept in (policy, ref_policy):
+                if kept is not None:
+                    model = kept.model.get_base_model() if is_peft_model(kept.model) else kept.model
+                    stack.enter_context(keep_forward(model))
+            super().__init__(
+                model=policy.model,
+                ref_model=None if ref_policy is None else ref_policy.model,
+                args=args,
+                data_collator=PreferenceCollator(policy.prepare),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+            )
+
+    # ---- data: seams of DPOTrainer
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: StageDPOConfig, dataset_name: str) -> Dataset:
+        """Check the rows. Reference scores they may carry are another trainer's: dropped."""
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"`{dataset_name}_dataset` must be a Dataset, got {type(dataset).__name__}. Use `pairs_dataset`.")
+        missing = [name for name in PAIR_FEATURES if name not in dataset.column_names]
+        if missing:
+            raise ValueError(f"`{dataset_name}_dataset` must have the columns of `pairs_dataset`, got none of {missing}.")
+        if len(dataset) == 0:
+            raise ValueError(f"`{dataset_name}_dataset` must hold a pair, got none. Collect more, or see the pairs' yield.")
+        stages = dict(zip(dataset["stage_name"], dataset["stage"], strict=True))
+        whole = args.objective != "sta-tpo"
+        if any((name == WHOLE_TRAJECTORY) != whole for name in stages):
+            raise ValueError(
+                f"`{dataset_name}_dataset` must hold pairs for objective {args.objective!r}, got stages {sorted(stages)}. "
+                f"Build them with `build_pairs(..., objective={args.objective!r})`."
+            )
+        if args.stage_weights is not None and max(stages.values()) >= len(args.stage_weights):
+            raise ValueError(f"`stage_weights` must have a weight for each of {stages}, got {args.stage_weights}.")
+        self.stage_names += [name for name in sorted(stages, key=stages.get) if name not in self.stage_names]
+        return dataset.remove_columns([name for name in REFERENCE_COLUMNS if name in dataset.column_names])
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = [*PAIR_FEATURES, *REFERENCE_COLUMNS]
+
+    # ---- scores
+
+    def _score_steps(self, policy: VLAPolicy, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
+        """`[S]` log-likelihood of each decision, forwarded in micro-batches if the configuration says so."""
+        size = self.args.step_micro_batch_size
+        if size is None or size >= len(trace):
+            return policy.score(inputs, trace)
+        score: Callable[..., Tensor] = policy.score
+        if torch.is_grad_enabled():
+            # Keeps a micro-batch's inputs in place of its activations. Without dropout nothing random is repeated.
+            def score(*part: Any) -> Tensor:
+                return checkpoint(
+                    policy.score, *part, use_reentrant=False, preserve_rng_state=not self.args.disable_dropout
+                )
+
+        starts = range(0, len(trace), size)
+        return torch.cat(
+            [score({name: value[i : i + size] for name, value in inputs.items()}, trace[i : i + size]) for i in starts]
+        )
+
+    def _score_pairs(self, model: nn.Module, policy: VLAPolicy, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """`[P]` scores of the chosen and of the rejected sides: mean (or sum) over their decisions."""
+        inner = self.accelerator.unwrap_model(model)
+        steps = forward_once(model, inner, self._score_steps, policy, batch["inputs"], batch["trace"]).float()
+        sides = steps.new_zeros(2 * len(batch["stages"]))
+        scores = sides.index_add(0, batch["side_ids"], steps)
+        if self.args.objective != "tpo-sum":
+            scores = scores / sides.index_add(0, batch["side_ids"], torch.ones_like(steps))
+        return scores.chunk(2)
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """`[P]` scores of both sides under the reference."""
+        switched_off: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.ref_policy is None and is_peft_model(self.model):
+            inner = self.accelerator.unwrap_model(self.model)
+            switched_off = use_adapter(inner, "ref" if "ref" in inner.peft_config else None)
+        with torch.no_grad(), switched_off, self.accelerator.autocast():
+            return self._score_pairs(model, self.ref_policy or self.policy, inputs)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Add the reference's scores to the rows: by this very model, now. TRL's own reads them from a cache file whose key
+        knows nothing of the objective or the processor."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("StageDPOTrainer runs in one process or under DDP so far, not under DeepSpeed or FSDP.")
+        loader = self.accelerator.prepare(
+            DataLoader(
+                dataset.select_columns([*PAIR_FEATURES]),
+                batch_size=batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+            )
+        )
+        model = self.model if self.ref_model is None else self.ref_model
+        scores = [
+            self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
+            for batch in tqdm(loader, desc=f"Reference scores ({name})", disable=self.args.disable_tqdm)
+        ]
+        for column, parts in zip(REFERENCE_COLUMNS, zip(*scores, strict=True), strict=True):
+            dataset = dataset.add_column(column, torch.cat(parts).cpu().numpy())
+        return dataset
+
+    # ---- loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = self._score_pairs(model, self.policy, inputs)
+        weights = None if self.args.stage_weights is None else chosen.new_tensor(self.args.stage_weights)[inputs["stages"]]
+        references = [inputs[column] for column in REFERENCE_COLUMNS]
+        losses, logits = stage_preference_loss(
+            chosen,
+            rejected,
+            *references,
+            inputs["chosen_cost"],
+            inputs["rejected_cost"],
+            beta=self.args.beta,
+            cost_coef=self.args.cost_coef,
+            margin_sign=self.args.margin_sign,
+            weights=weights,
+        )
+        stages = chosen.new_tensor([self.stage_names.index(name) for name in inputs["stage_names"]])
+        gains = [self.args.beta * (score - ref) for score, ref in zip((chosen, rejected), references, strict=True)]
+        record = torch.stack([stages, losses, *gains], dim=1).detach()
+        self._records["train" if self.model.training else "eval"].append(self.accelerator.gather_for_metrics(record).cpu())
+        loss = losses.mean()
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if self._records[mode]:
+            prefix = "eval_" if mode == "eval" else ""
+            metrics = pair_metrics(torch.cat(self._records[mode]), self.stage_names)
+            logs.update({prefix + name: value for name, value in metrics.items()})
+            self._records[mode].clear()
+        super().log(logs, start_time)
+
+    # ---- checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if is_peft_model(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            restore_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if is_peft_model(self.model):
+            super()._load_best_model()
+        else:
+            restore_weights(self.model, self.state.best_model_checkpoint)
+
+
+def pair_metrics(records: Tensor, stage_names: Sequence[str]) -> dict[str, float]:
+    """Means over pairs, all and by stage.
+
+    Args:
+        records (`Tensor`): `[P, 4]`: index into `stage_names`, loss, chosen reward, rejected reward.
+        stage_names (`Sequence[str]`): names.
+
+    Example: `[[0, 0.5, 1.0, 0.0], [1, 0.9, 0.0, 2.0]]` of Reach and Grasp: `rewards/margins` -0.5, `stage/Reach/margin` 1.0,
+    `rewards/accuracies` 0.5.
+    """
+    stages, losses, chosen, rejected = records.unbind(dim=1)
+    margins = chosen - rejected
+    metrics = {
+        "rewards/chosen": chosen.mean().item(),
+        "rewards/rejected": rejected.mean().item(),
+        "rewards/margins": margins.mean().item(),
+        "rewards/accuracies": (margins > 0).float().mean().item(),
+    }
+    for index, name in enumerate(stage_names):
+        mine = stages == index
+        if mine.any():
+            metrics[f"stage/{name}/loss"] = losses[mine].mean().item()
+            metrics[f"stage/{name}/margin"] = margins[mine].mean().item()
+            metrics[f"stage/{name}/accuracy"] = (margins[mine] > 0).float().mean().item()
+            metrics[f"stage/{name}/pairs"] = float(mine.sum())
+    return metrics
