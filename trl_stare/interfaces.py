@@ -112,10 +112,12 @@ class VLAPolicy(Protocol):
 
     Attributes:
         model (`torch.nn.Module`): the trainable module (a `PreTrainedModel`, maybe wrapped by PEFT, DDP or DeepSpeed).
+        processor (`ProcessorMixin`): saved beside the model.
         chunk_size (`int`): `C`. action_dim (`int`): `A`.
     """
 
     model: torch.nn.Module
+    processor: Any
     chunk_size: int
     action_dim: int
 
@@ -130,6 +132,14 @@ class VLAPolicy(Protocol):
 
     def score(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
         """`[N]`: what a preference loss compares, the log-likelihood of the whole chunk at temperature 1."""
+
+    def imitation_loss(
+        self, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """Scalar, differentiable: how badly the tokens of `trace` in `mask` `[N, L]` are imitated.
+
+        Mean over rows, or weighted by `weight` `[N]`.
+        """
 
     def encode(self, actions: Tensor) -> Tensor:
         """`[N, C, A]` robot units -> `[N, L]` trace."""

@@ -1,0 +1,27 @@
+"""Trajectories: playing them, storing them, and turning them into training data."""
+
+from trl_stare.data.collators import pairs_dataset
+from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_dataset
+from trl_stare.data.pairs import PairSet, StagePair, build_pairs, format_yield
+from trl_stare.data.rollout import collect, demonstrate, play
+from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories
+from trl_stare.data.trajectory import Trajectory
+
+
+__all__ = [
+    "DemonstrationCollator",
+    "PairSet",
+    "StagePair",
+    "Trajectory",
+    "build_pairs",
+    "collect",
+    "demonstrate",
+    "demonstration_dataset",
+    "format_yield",
+    "load_pairs",
+    "load_trajectories",
+    "pairs_dataset",
+    "play",
+    "save_pairs",
+    "save_trajectories",
+]

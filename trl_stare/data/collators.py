@@ -50,19 +50,25 @@ def pairs_dataset(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]
         pairs (`Sequence[StagePair]`): see [`build_pairs`].
 
     Raises:
-        ValueError: if a pair refers to a trajectory that is not there, is of another start, has no trace, or if a segment
-            holds no decision.
+        ValueError: if a pair refers to a trajectory that is not there, is of another start, has no trace, or if a
+            segment holds no decision.
     """
-    frames: dict[tuple[int, int], dict[str, Any]] = {}  # an episode takes part in many pairs: each image is encoded once
+    frames: dict[
+        tuple[int, int], dict[str, Any]
+    ] = {}  # an episode takes part in many pairs: each image is encoded once
     rows = []
     for position, pair in enumerate(pairs):
-        row: dict[str, Any] = {name: getattr(pair, name) for name in ("task", "instruction", "seed", "stage", "stage_name")}
+        row: dict[str, Any] = {
+            name: getattr(pair, name) for name in ("task", "instruction", "seed", "stage", "stage_name")
+        }
         for side in SIDES:
             index = getattr(pair, side)
             trajectory = _find(trajectories, pair, index, position)
             decisions = trajectory.decisions_in(getattr(pair, f"{side}_start"), getattr(pair, f"{side}_stop"))
             if len(decisions) == 0:
-                raise ValueError(f"`pairs` must have a decision on each side, got none on the {side} side of pair {position}.")
+                raise ValueError(
+                    f"`pairs` must have a decision on each side, got none on the {side} side of pair {position}."
+                )
             for decision in decisions.tolist():
                 if (index, decision) not in frames:
                     frames[index, decision] = {"bytes": encode_png(trajectory.images[decision]), "path": None}
@@ -77,17 +83,19 @@ def pairs_dataset(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]
 def _find(trajectories: Sequence[Trajectory], pair: StagePair, index: int, position: int) -> Trajectory:
     if not 0 <= index < len(trajectories):
         raise ValueError(
-            f"`pairs` must refer to the {len(trajectories)} trajectories, got {index} in pair {position}. Load the ones they "
-            f"were built from."
+            f"`pairs` must refer to the {len(trajectories)} trajectories, got {index} in pair {position}. "
+            f"Load the ones they were built from."
         )
     trajectory = trajectories[index]
-    found, wanted = (
-        (thing.task, thing.seed, thing.instruction) for thing in (trajectory, pair)
-    )
+    found, wanted = ((thing.task, thing.seed, thing.instruction) for thing in (trajectory, pair))
     if found != wanted:
-        raise ValueError(f"`trajectories[{index}]` must be of {wanted} for pair {position}, got {found}. Load the right ones.")
+        raise ValueError(
+            f"`trajectories[{index}]` must be of {wanted} for pair {position}, got {found}. Load the right ones."
+        )
     if trajectory.trace is None:
-        raise ValueError(f"`trajectories[{index}]` must have a trace, got None. Use rollouts of a policy, not of an expert.")
+        raise ValueError(
+            f"`trajectories[{index}]` must have a trace, got None. Use rollouts of a policy, not of an expert."
+        )
     return trajectory
 
 
@@ -101,7 +109,7 @@ class PreferenceCollator:
     Returns a dict of:
         - `stages` (`[P]` int64), `stage_names` (list of `P` strings), `chosen_cost`, `rejected_cost` (`[P]` float32),
           `ref_chosen_logps`, `ref_rejected_logps` (`[P]` float32, where the rows have them);
-        - `side_ids` (`[S]` int64): which side of which pair each decision belongs to, chosen `0 .. P-1`, rejected `P .. 2P-1`;
+        - `side_ids` (`[S]` int64): whose each decision is, the chosen sides are `0 .. P-1`, the rejected `P .. 2P-1`;
         - `trace` (`[S, L]` int64); `inputs` (dict of `[S, ...]`): what `prepare` made of the observations.
 
     Example: 2 pairs with 1 and 2 chosen, 2 and 1 rejected decisions have `side_ids = [0, 1, 1, 2, 2, 3]`.
@@ -119,7 +127,9 @@ class PreferenceCollator:
                 trace.extend(row[f"{side}_trace"])
                 instructions.extend([row["instruction"]] * counts[-1])
         observation = Observation(torch.stack(images), tuple(instructions), torch.tensor(states, dtype=torch.float32))
-        batch = {"stages": torch.tensor([row["stage"] for row in rows])}  # first: Trainer counts samples by the first tensor
+        batch = {
+            "stages": torch.tensor([row["stage"] for row in rows])
+        }  # first: Trainer counts samples by the first tensor
         for name in ("chosen_cost", "rejected_cost", "ref_chosen_logps", "ref_rejected_logps"):
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)

@@ -30,7 +30,7 @@ class StagePair:
         chosen (`int`), rejected (`int`): the trajectories, by position in the list the pairs were built from.
         chosen_start (`int`), chosen_stop (`int`), rejected_start (`int`), rejected_stop (`int`): the segments.
         chosen_cost (`float`), rejected_cost (`float`): their costs.
-        reason (`str`): `"passed"`, only the chosen side passed the stage; `"cost"`, both did, the chosen one at less cost.
+        reason (`str`): `"passed"`, only the chosen side passed the stage; `"cost"`, both did, the chosen at less cost.
     """
 
     task: str
@@ -54,7 +54,7 @@ class PairSet(NamedTuple):
 
     Attributes:
         pairs (`tuple[StagePair, ...]`): in order of start, stage, trajectory.
-        yield_table (`dict[str, dict[str, int]]`): stage name -> outcome (see [`OUTCOMES`]) -> number of pairs of episodes.
+        yield_table (`dict[str, dict[str, int]]`): stage name -> outcome ([`OUTCOMES`]) -> how many pairs of episodes.
     """
 
     pairs: tuple[StagePair, ...]
@@ -72,24 +72,24 @@ def build_pairs(
 ) -> PairSet:
     """Compare every two episodes with the same task, seed and instruction.
 
-    A pair of stage k is made only if both episodes reached it, i.e. passed stage k - 1. Preferred is the one that passed stage
-    k; if both did, the one of lower cost, if the costs differ by the gap at least. Each side must hold a decision. So there
-    are pairs even where no episode succeeds.
+    A pair of stage k is made only if both episodes reached it, i.e. passed stage k - 1. Preferred is the one that
+    passed stage k; if both did, the one of lower cost, if the costs differ by the gap at least. Each side must hold a
+    decision. So there are pairs even where no episode succeeds.
 
     Args:
         trajectories (`Sequence[Trajectory]`): episodes of the plan's task, several per seed.
         plan ([`StagePlan`]): the stages.
-        objective (`str`): `"sta-tpo"`: pairs of stages. `"tpo-mean"`, `"tpo-sum"`: the whole trajectory as one segment without
-            cost, so that a pair is a success against a failure.
+        objective (`str`): `"sta-tpo"`: pairs of stages. `"tpo-mean"`, `"tpo-sum"`: the whole trajectory as one segment
+            without cost, so that a pair is a success against a failure.
         min_cost_gap (`float`): smallest difference of costs that counts, >= 0.
-        max_pairs_per_start (`int`, *optional*): most pairs of one stage from one seed; a random choice of them is kept.
+        max_pairs_per_start (`int`, *optional*): most pairs of one stage from one seed; a random choice is kept.
         seed (`int`): of that choice.
 
     Raises:
         ValueError: if an episode is of another task, or an argument out of range.
 
-    Example: of one seed, A passed Reach and Grasp, B passed Reach at a higher cost and failed to grasp, C failed to reach:
-    Reach gets A > B (cost), A > C, B > C (passed), Grasp gets A > B; C takes no part in Grasp.
+    Example: of one seed, A passed Reach and Grasp, B passed Reach at a higher cost and failed to grasp, C failed to
+    reach: Reach gets A > B (cost), A > C, B > C (passed), Grasp gets A > B; C takes no part in Grasp.
     """
     _check_arguments(trajectories, plan, objective, min_cost_gap, max_pairs_per_start)
     whole = objective != "sta-tpo"
@@ -189,5 +189,5 @@ def _check_arguments(
     for index, trajectory in enumerate(trajectories):
         if trajectory.task != plan.task:
             raise ValueError(
-                f"`trajectories` must all be of the plan's task {plan.task!r}, got {trajectory.task!r} at position {index}."
+                f"`trajectories` must be of the plan's task {plan.task!r}, got {trajectory.task!r} at {index}."
             )

@@ -31,6 +31,9 @@ class Decision(NamedTuple):
     features: Tensor | None = None
 
 
+MISTAKE_SIZE = 0.6
+"""Largest translation of a random mistake, controller units: 6 cm for `pd_ee_delta_pose`."""
+
 Actor = Callable[[Observation, Signals], Decision]
 
 
@@ -102,15 +105,21 @@ def demonstrate(
 ) -> list[Trajectory]:
     """Let a scripted expert show one episode per seed, one environment step at a time.
 
-    With `noise`, Gaussian noise of that standard deviation (controller units) is added to the executed translation, while the
-    recorded label stays the expert's own action: demonstrations then contain recoveries (DART, arXiv 1703.09327).
+    With `noise`, that share of the steps is a mistake: a random translation and a random gripper command are executed, while
+    the recorded label stays the expert's own action. Demonstrations then contain recoveries, also from fingers that closed
+    beside the object (in the manner of DART, arXiv 1703.09327).
     """
+    if not 0.0 <= noise < 1.0:
+        raise ValueError(f"`noise` must be in [0, 1), got {noise}.")
 
     def act(obs: Observation, signals: Signals) -> Decision:
         labels = expert(signals)[:, None]
         actions = labels.clone()
         if noise:
-            actions[..., :3] += noise * torch.randn(actions[..., :3].shape, generator=generator)
+            mistaken = torch.rand(len(labels), generator=generator) < noise
+            random = torch.rand(actions.shape, generator=generator) * 2 - 1
+            actions[mistaken, :, :3] = MISTAKE_SIZE * random[mistaken, :, :3]
+            actions[mistaken, :, -1] = random[mistaken, :, -1].sign()
         return Decision(actions, labels)
 
     return collect(env, act, seeds, name="expert", on_episode=on_episode)

@@ -1,7 +1,7 @@
 """How trajectories and pairs lie on disk: folders of parquet files that plain `load_dataset(folder)` reads.
 
-A row of trajectories is an episode, with the stages' verdict beside it; a row of preferences refers to two of them by `id`, so
-images are stored once. Numbers keep their exact values, images are PNG (lossless).
+A row of trajectories is an episode, with the stages' verdict beside it; a row of preferences refers to two of them by
+`id`, so images are stored once. Numbers keep their exact values, images are PNG (lossless).
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ TRAJECTORY_FEATURES = Features(
         "metadata": Value("string"),
     }
 )
-"""Columns of every trajectories file, in [`Trajectory`]'s shapes; `trace` and `logps` are null where the policy left none.
-Besides: `id`, the row's number; `stage`, the current stage at each of the `T` steps (not latched, `K` is success); `segments`,
-the latched ones; `metadata`, JSON of what the simulator was; and a column `signal.{name}` of `[T + 1]` or `[T + 1, D]` each."""
+"""Columns of every trajectories file, in [`Trajectory`]'s shapes; `trace` and `logps` are null where the policy left
+none. Besides: `id`, the row's number; `stage`, the current stage at each of the `T` steps (not latched, `K` is
+success); `segments`, the latched ones; `metadata`, JSON of what the simulator was; and a column `signal.{name}` each,
+of `[T + 1]` or `[T + 1, D]`."""
 
 PREFERENCE_FEATURES = Features(
     {
@@ -120,7 +121,7 @@ def save_trajectories(
 
 
 def load_trajectories(folder: str | Path) -> list[Trajectory]:
-    """Read what [`save_trajectories`] wrote: equal tensors, in the same order. `features` is not stored and comes as `None`.
+    """Read what [`save_trajectories`] wrote: equal tensors, same order; `features`, which is not stored, is `None`.
 
     Raises:
         FileNotFoundError: if `folder` holds no parquet files.
@@ -134,7 +135,7 @@ def load_trajectories(folder: str | Path) -> list[Trajectory]:
 
 
 def save_pairs(pairs: Sequence[StagePair], folder: str | Path) -> None:
-    """Write pairs to `folder`, all or nothing. Their `chosen` and `rejected` are rows of the trajectories they came from.
+    """Write pairs to `folder`, all or nothing. `chosen` and `rejected` are rows of the trajectories they came from.
 
     Raises:
         ValueError: if `folder` holds other files.
@@ -176,13 +177,19 @@ def _features_of(trajectories: Sequence[Trajectory]) -> Features:
             raise ValueError(f"`trajectories` must have the same signals, got {found} at {index} and {kinds} at 0.")
     unknown = {name: kind for name, kind in kinds.items() if kind not in _SIGNAL_FEATURES}
     if unknown:
-        raise ValueError(f"`signals` must be bool [T + 1] or float32 [T + 1] or [T + 1, D], got {unknown}. Convert them.")
-    return Features(TRAJECTORY_FEATURES | {SIGNAL_PREFIX + name: _SIGNAL_FEATURES[kind] for name, kind in kinds.items()})
+        raise ValueError(
+            f"`signals` must be bool [T + 1] or float32 [T + 1] or [T + 1, D], got {unknown}. Convert them."
+        )
+    return Features(
+        TRAJECTORY_FEATURES | {SIGNAL_PREFIX + name: _SIGNAL_FEATURES[kind] for name, kind in kinds.items()}
+    )
 
 
 def _to_row(index: int, trajectory: Trajectory, plan: StagePlan, note: str) -> dict[str, Any]:
     if trajectory.task != plan.task:
-        raise ValueError(f"`trajectories` must be of the plan's task {plan.task!r}, got {trajectory.task!r} at {index}.")
+        raise ValueError(
+            f"`trajectories` must be of the plan's task {plan.task!r}, got {trajectory.task!r} at {index}."
+        )
     row: dict[str, Any] = {
         "id": index,
         "success_once": trajectory.success_once,
@@ -238,14 +245,17 @@ def _write_folder(folder: Path, shards: Iterable[list[dict[str, Any]]], num_shar
     """Write a parquet file per shard beside `folder`, then put the new folder in the old one's place."""
     strangers = [path.name for path in folder.iterdir() if path.suffix != ".parquet"] if folder.exists() else []
     if strangers:
-        raise ValueError(f"`folder` must hold nothing but parquet files, got {folder} with {strangers[:3]}. Give another.")
+        raise ValueError(
+            f"`folder` must hold nothing but parquet files, got {folder} with {strangers[:3]}. Give another."
+        )
     new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("new", "old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     for index, rows in enumerate(shards):
         table = Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
-        table.to_parquet(new / f"train-{index:05d}-of-{num_shards:05d}.parquet")
+        # not `to_parquet`, which draws a progress bar per file; the schema carries the features either way
+        pq.write_table(table.data.table, new / f"train-{index:05d}-of-{num_shards:05d}.parquet")
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
@@ -265,5 +275,7 @@ def _read_folder(folder: Path, features: Features) -> Iterable[tuple[Path, pa.Ta
         found = Features.from_arrow_schema(table.schema)
         for name, feature in features.items():
             if found.get(name) != feature:
-                raise ValueError(f"`{file}`: column {name!r} must be {feature}, got {found.get(name, 'no such column')}.")
+                raise ValueError(
+                    f"`{file}`: column {name!r} must be {feature}, got {found.get(name, 'no such column')}."
+                )
         yield file, table

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl_stare.interfaces import ActionEval, ActionSample, Observation
 from trl_stare.policies.action_tokens import ActionBins
 from trl_stare.policies.tiny import StareVLAConfig, StareVLAForActionPrediction, StareVLAImageProcessor, StareVLAProcessor
+from trl_stare.policies.tiny.modeling import imitation_loss
 from trl_stare.policies.tiny.processing import build_tokenizer
 
 
@@ -64,7 +65,7 @@ class TokenPolicy:
         """A new small VLA with random weights and the given statistics; `config` goes to [`StareVLAConfig`]."""
         num_bins = config.setdefault("num_bins", 33)
         tokenizer = build_tokenizer(chunk_size, num_bins)
-        text = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 384}
+        text = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
         text |= {"num_key_value_heads": 4, "max_position_embeddings": 512, "pad_token_id": tokenizer.pad_token_id}
         text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         model = StareVLAForActionPrediction(
@@ -122,6 +123,15 @@ class TokenPolicy:
     def score(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
         """`[N]` log-likelihood of the chunk over the action vocabulary."""
         return self.evaluate(inputs, trace).logps.sum(-1)
+
+    def imitation_loss(
+        self, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """Scalar loss of imitating the tokens of `trace` in `mask` `[N, L]`; mean over decisions or weighted by `[N]`."""
+        output = self._forward(inputs)
+        soft_bins = getattr(self.model.config, "soft_bins", 0.0)
+        trace, mask = trace.to(output.logits.device), mask.to(output.logits.device)
+        return imitation_loss(output.logits, trace, soft_bins=soft_bins, weight=weight, mask=mask)
 
     def encode(self, actions: Tensor) -> Tensor:
         """`[N, C, A]` robot units -> `[N, C * A]` bins."""

@@ -1,4 +1,4 @@
-"""The one module that imports private names of TRL and works around faults of the libraries: an upgrade breaks here first.
+"""The one module that imports private names of TRL and works around its libraries' faults: upgrades break here first.
 
 `tests/test_trl_contract.py` names every attribute of TRL and transformers that the trainers lean on.
 """
@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-# TRL documents its trainers, not their base; but `_BaseTrainer` (HF's `Trainer` plus TRL's cards, tags and logging) and
-# `_BaseConfig` (its defaults) are what all of them share, and the only root left since `PPOTrainer` was removed in 1.13.
+# TRL documents its trainers, not their base; but `_BaseTrainer` (HF's `Trainer` plus TRL's cards, tags and logging)
+# and `_BaseConfig` (its defaults) are what all of them share, the only root left since 1.13 removed `PPOTrainer`.
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -29,8 +29,8 @@ __all__ = ["_BaseConfig", "_BaseTrainer", "forward_once", "keep_forward", "resto
 def keep_forward(model: nn.Module) -> Iterator[None]:
     """Undo what the block does to `model.forward`.
 
-    `DPOTrainer.__init__` replaces `forward` on the *instance* by a fused LM head that closes over this very model: a later
-    `deepcopy` would silently go on running the original's weights. We never use that head, so it does not stay.
+    `DPOTrainer.__init__` replaces `forward` on the *instance* by a fused LM head that closes over this very model: a
+    later `deepcopy` would silently go on running the original's weights. We never use that head, so it does not stay.
     """
     own = model.__dict__.get("forward")
     try:
@@ -46,9 +46,9 @@ def forward_once(wrapper: nn.Module, inner: nn.Module, method: Callable[..., Any
     """Call `method(*args)` inside exactly one forward of `wrapper`.
 
     DDP and DeepSpeed prepare their gradient reduction in the wrapper's `forward`, once per backward. A loss that needs
-    several forwards of the model (micro-batches), or another entry than `forward`, must therefore run within one call of
-    the wrapper. So `inner.forward` is replaced for the length of that call; as soon as the wrapper arrives there, the
-    real `forward` is put back, because `method` itself calls the model.
+    several forwards of the model (micro-batches), or another entry than `forward`, must therefore run within one call
+    of the wrapper. So `inner.forward` is replaced for the length of that call; as soon as the wrapper arrives there,
+    the real `forward` is put back, because `method` itself calls the model.
 
     Args:
         wrapper (`nn.Module`): what accelerate prepared.
@@ -82,8 +82,8 @@ def forward_once(wrapper: nn.Module, inner: nn.Module, method: Callable[..., Any
 def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
     """Load all weights of a checkpoint into `model`, in place, or raise.
 
-    `Trainer._load_from_checkpoint` of transformers 5.23 reads the file with `strict=False`: where `save_pretrained` renames
-    keys (LLaVA, PaliGemma), *none* are found and training goes on from the initial weights with a mere warning
+    `Trainer._load_from_checkpoint` of transformers 5.23 reads the file with `strict=False`: where `save_pretrained`
+    renames keys (LLaVA, PaliGemma), *none* are found and training goes on from the initial weights with a mere warning
     (huggingface/transformers#43701). `from_pretrained` knows the renaming.
 
     Raises:
@@ -92,5 +92,7 @@ def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
     loaded, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind.endswith("_keys")}
     if problems:
-        raise ValueError(f"`{folder}` must hold the weights of {type(model).__name__}, got {problems}. Resume from another.")
+        raise ValueError(
+            f"`{folder}` must hold the weights of {type(model).__name__}, got {problems}. Resume from another."
+        )
     model.load_state_dict(loaded.state_dict(), strict=True)

@@ -10,7 +10,7 @@ from trl import DPOConfig
 
 
 OBJECTIVES = ("sta-tpo", "tpo-mean", "tpo-sum")
-"""`sta-tpo` compares stage by stage; the TPO baselines compare whole trajectories, by mean (ours) or sum (GRAPE) of steps."""
+"""`sta-tpo` compares stages; the TPO baselines compare whole trajectories, by mean or by sum (GRAPE) of decisions."""
 
 # Options of DPO that mean something for tokens of a text, or for its other losses, and would be ignored here.
 _UNUSED = {
@@ -33,9 +33,9 @@ class StageDPOConfig(DPOConfig):
 
     Args:
         objective (`str`, *optional*, defaults to `"sta-tpo"`):
-            `"sta-tpo"`: stage pairs, mean over the stage's decisions. `"tpo-mean"`, `"tpo-sum"`: whole-trajectory pairs.
+            `"sta-tpo"`: stage pairs, mean over the stage's decisions. `"tpo-mean"`, `"tpo-sum"`: whole trajectories.
         beta (`float`, *optional*, defaults to `1.0`):
-            Inverse temperature. With the mean over decisions 1.0 is about what GRAPE's 0.1 is on a sum of 8 (method.md 3).
+            Inverse temperature. With the mean over decisions 1.0 is about GRAPE's 0.1 on a sum of 8 (method.md 3).
         cost_coef (`float`, *optional*, defaults to `0.1`):
             `lambda`, weight of the stage cost in a side's score.
         margin_sign (`int`, *optional*, defaults to `1`):
@@ -43,8 +43,8 @@ class StageDPOConfig(DPOConfig):
         stage_weights (`list[float]`, *optional*):
             Weight of each stage in the loss, in the plan's order. `None`: all 1.
         step_micro_batch_size (`int`, *optional*):
-            Decisions forwarded at once. The forward is then recomputed in the backward, so that memory does not grow with
-            the length of trajectories; gradients are the same. `None`: all at once.
+            Decisions forwarded at once. The forward is then recomputed in the backward, so that memory does not grow
+            with the length of trajectories; gradients are the same. `None`: all at once.
         precompute_ref_log_probs (`bool`, *optional*, defaults to `True`):
             Must stay `True`: reference scores are computed once, before training, and the reference is not kept.
 
@@ -66,12 +66,20 @@ class StageDPOConfig(DPOConfig):
     )
     objective: str = field(
         default="sta-tpo",
-        metadata={"help": "What is compared: stages, or whole trajectories by mean or sum.", "choices": list(OBJECTIVES)},
+        metadata={
+            "help": "What is compared: stages, or whole trajectories by mean or sum.",
+            "choices": list(OBJECTIVES),
+        },
     )
-    cost_coef: float = field(default=0.1, metadata={"help": "lambda, weight of the stage cost in a side's score, >= 0."})
+    cost_coef: float = field(
+        default=0.1, metadata={"help": "lambda, weight of the stage cost in a side's score, >= 0."}
+    )
     margin_sign: int = field(
         default=1,
-        metadata={"help": "1: subtract the cost from the score (STARE); -1: add it, a larger margin (ODPO).", "choices": [1, -1]},
+        metadata={
+            "help": "1: subtract the cost from the score (STARE); -1: add it, a larger margin (ODPO).",
+            "choices": [1, -1],
+        },
     )
     stage_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each stage in the loss, in the plan's order. None: all 1."}
@@ -82,29 +90,33 @@ class StageDPOConfig(DPOConfig):
 
     def __post_init__(self):
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            on_gpu = not self.use_cpu and torch.cuda.is_available()
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"`objective` must be one of {OBJECTIVES}, got {self.objective!r}.")
-        if not 0.0 < self.beta < math.inf:
-            raise ValueError(f"`beta` must be positive and finite, got {self.beta}.")
-        if not 0.0 <= self.cost_coef < math.inf:
-            raise ValueError(f"`cost_coef` must be >= 0 and finite, got {self.cost_coef}. The sign is `margin_sign`'s.")
-        if self.margin_sign not in (1, -1):
-            raise ValueError(f"`margin_sign` must be 1 or -1, got {self.margin_sign}.")
-        if self.stage_weights is not None and not (
-            self.stage_weights and all(0.0 <= weight < math.inf for weight in self.stage_weights)
+        weights, size = self.stage_weights, self.step_micro_batch_size
+        for name, is_valid, rule in (
+            ("objective", self.objective in OBJECTIVES, f"one of {OBJECTIVES}"),
+            ("beta", 0.0 < self.beta < math.inf, "positive and finite"),
+            ("cost_coef", 0.0 <= self.cost_coef < math.inf, ">= 0 and finite; its sign is `margin_sign`"),
+            ("margin_sign", self.margin_sign in (1, -1), "1 (as the paper states it) or -1 (ODPO)"),
+            (
+                "stage_weights",
+                weights is None or weights and min(weights) >= 0.0,
+                "None or numbers >= 0, one per stage",
+            ),
+            (
+                "stage_weights",
+                weights is None or self.objective == "sta-tpo",
+                "None where trajectories are compared whole",
+            ),
+            ("step_micro_batch_size", size is None or size >= 1, "None or at least 1"),
+            ("max_length", self.max_length is None, "None: the tokens of an observation cannot be truncated"),
         ):
-            raise ValueError(f"`stage_weights` must be numbers >= 0, one per stage, got {self.stage_weights}.")
-        if self.stage_weights is not None and self.objective != "sta-tpo":
-            raise ValueError(f"`stage_weights` must be None with objective {self.objective!r}, which has no stages.")
-        if self.step_micro_batch_size is not None and self.step_micro_batch_size < 1:
-            raise ValueError(f"`step_micro_batch_size` must be None or at least 1, got {self.step_micro_batch_size}.")
-        if self.max_length is not None:
-            raise ValueError(f"`max_length` must be None, got {self.max_length}: an observation cannot be truncated.")
+            if not is_valid:
+                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
         for name, value in _UNUSED.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"`{name}` must be {value!r} in StageDPOConfig, got {getattr(self, name)!r}: the stage preference loss "
-                    f"does not have it. Use `objective`, `beta`, `cost_coef` and `stage_weights`."
+                    f"`{name}` must be {value!r}, got {getattr(self, name)!r}: the stage loss has no such option. "
+                    f"Use `objective`, `beta`, `cost_coef` and `stage_weights`."
                 )

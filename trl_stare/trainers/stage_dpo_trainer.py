@@ -1,4 +1,4 @@
-"""Preference optimisation by stage: TRL's `DPOTrainer`, with pairs of trajectory segments in place of pairs of texts."""
+"""Preference optimisation by stage: TRL's `DPOTrainer`, with pairs of trajectory segments in place of texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import TrainerCallback
 from trl import DPOTrainer
 
 from trl_stare.data.collators import PAIR_FEATURES, PreferenceCollator
@@ -31,23 +31,22 @@ class StageDPOTrainer(DPOTrainer):
     """
     Trainer for StA-TPO (STARE-VLA, arXiv 2512.05107): DPO on one stage of two trajectories at a time.
 
-    What differs from [`~trl.DPOTrainer`]: a row is a pair of segments ([`pairs_dataset`]); a side's score is the mean (or sum)
-    over its decisions of the chunk's log-likelihood; the loss is [`stage_preference_loss`]. The reference is the policy as it
-    is when the trainer is made, or `ref_policy`; its scores are computed then, once.
+    What differs from [`~trl.DPOTrainer`]: a row is a pair of segments ([`pairs_dataset`]); a side's score is the mean
+    (or sum) over its decisions of the chunk's log-likelihood; the loss is [`stage_preference_loss`]. The reference is
+    the policy as it is when the trainer is made, or `ref_policy`; its scores are computed then, once.
 
     Args:
         policy ([`VLAPolicy`]): what is trained: its `model` is a [`~transformers.PreTrainedModel`] (or a `PeftModel`).
         args ([`StageDPOConfig`]): the configuration.
         train_dataset ([`~datasets.Dataset`]), eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*): rows of
             [`pairs_dataset`].
-        ref_policy ([`VLAPolicy`], *optional*): another reference. To resume, construct the trainer with the same reference
+        ref_policy ([`VLAPolicy`], *optional*): another reference. To resume, make the trainer with the same reference
             as at first, i.e. with the checkpoint that training began from.
-        processing_class (*optional*): processor or tokenizer to save beside the model; `policy.processor` by default.
         callbacks, optimizers, peft_config (*optional*): as in [`~trl.DPOTrainer`]. With `peft_config` save by
             `trainer.save_model()`, not by the policy.
 
-    Logged: TRL's `rewards/chosen|rejected|margins|accuracies` (`beta` times the gain over the reference, without costs), and
-    `stage/{name}/loss|margin|accuracy|pairs`.
+    Logged: TRL's `rewards/chosen|rejected|margins|accuracies` (`beta` times the gain over the reference, without
+    costs), and `stage/{name}/loss|margin|accuracy|pairs`.
 
     Raises:
         ValueError: if the rows are not stage pairs, are none, or do not fit the objective.
@@ -73,16 +72,12 @@ class StageDPOTrainer(DPOTrainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         *,
         ref_policy: VLAPolicy | None = None,
-        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: Any = None,
     ):
         if not isinstance(args, StageDPOConfig):
             raise TypeError(f"`args` must be a StageDPOConfig, got {type(args).__name__}.")
-        processing_class = getattr(policy, "processor", None) if processing_class is None else processing_class
-        if processing_class is None:
-            raise ValueError("`processing_class` must be a processor or tokenizer, got None and no `policy.processor`.")
         # the parent's constructor comes back to these (`_prepare_dataset`, `compute_ref_log_probs`)
         self.policy, self.ref_policy = policy, ref_policy
         self.stage_names: list[str] = []
@@ -99,7 +94,7 @@ class StageDPOTrainer(DPOTrainer):
                 data_collator=PreferenceCollator(policy.prepare),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class,
+                processing_class=policy.processor,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 peft_config=peft_config,
@@ -107,20 +102,28 @@ class StageDPOTrainer(DPOTrainer):
 
     # ---- data: seams of DPOTrainer
 
-    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: StageDPOConfig, dataset_name: str) -> Dataset:
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: StageDPOConfig, dataset_name: str
+    ) -> Dataset:
         """Check the rows. Reference scores they may carry are another trainer's: dropped."""
         if not isinstance(dataset, Dataset):
-            raise ValueError(f"`{dataset_name}_dataset` must be a Dataset, got {type(dataset).__name__}. Use `pairs_dataset`.")
+            raise ValueError(
+                f"`{dataset_name}_dataset` must be a Dataset, got {type(dataset).__name__}. Use `pairs_dataset`."
+            )
         missing = [name for name in PAIR_FEATURES if name not in dataset.column_names]
         if missing:
-            raise ValueError(f"`{dataset_name}_dataset` must have the columns of `pairs_dataset`, got none of {missing}.")
+            raise ValueError(
+                f"`{dataset_name}_dataset` must have the columns of `pairs_dataset`, got none of {missing}."
+            )
         if len(dataset) == 0:
-            raise ValueError(f"`{dataset_name}_dataset` must hold a pair, got none. Collect more, or see the pairs' yield.")
+            raise ValueError(
+                f"`{dataset_name}_dataset` must hold a pair, got none. Collect more, or see the pairs' yield."
+            )
         stages = dict(zip(dataset["stage_name"], dataset["stage"], strict=True))
         whole = args.objective != "sta-tpo"
         if any((name == WHOLE_TRAJECTORY) != whole for name in stages):
             raise ValueError(
-                f"`{dataset_name}_dataset` must hold pairs for objective {args.objective!r}, got stages {sorted(stages)}. "
+                f"`{dataset_name}_dataset` must hold pairs for {args.objective!r}, got stages {sorted(stages)}. "
                 f"Build them with `build_pairs(..., objective={args.objective!r})`."
             )
         if args.stage_weights is not None and max(stages.values()) >= len(args.stage_weights):
@@ -172,8 +175,8 @@ class StageDPOTrainer(DPOTrainer):
             return self._score_pairs(model, self.ref_policy or self.policy, inputs)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Add the reference's scores to the rows: by this very model, now. TRL's own reads them from a cache file whose key
-        knows nothing of the objective or the processor."""
+        """Add the reference's scores to the rows: by this very model, now. TRL's own reads them from a cache file
+        whose key knows nothing of the objective or the processor."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("StageDPOTrainer runs in one process or under DDP so far, not under DeepSpeed or FSDP.")
         loader = self.accelerator.prepare(
@@ -199,7 +202,9 @@ class StageDPOTrainer(DPOTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = self._score_pairs(model, self.policy, inputs)
-        weights = None if self.args.stage_weights is None else chosen.new_tensor(self.args.stage_weights)[inputs["stages"]]
+        weights = (
+            None if self.args.stage_weights is None else chosen.new_tensor(self.args.stage_weights)[inputs["stages"]]
+        )
         references = [inputs[column] for column in REFERENCE_COLUMNS]
         losses, logits = stage_preference_loss(
             chosen,
@@ -215,7 +220,9 @@ class StageDPOTrainer(DPOTrainer):
         stages = chosen.new_tensor([self.stage_names.index(name) for name in inputs["stage_names"]])
         gains = [self.args.beta * (score - ref) for score, ref in zip((chosen, rejected), references, strict=True)]
         record = torch.stack([stages, losses, *gains], dim=1).detach()
-        self._records["train" if self.model.training else "eval"].append(self.accelerator.gather_for_metrics(record).cpu())
+        self._records["train" if self.model.training else "eval"].append(
+            self.accelerator.gather_for_metrics(record).cpu()
+        )
         loss = losses.mean()
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
@@ -250,8 +257,8 @@ def pair_metrics(records: Tensor, stage_names: Sequence[str]) -> dict[str, float
         records (`Tensor`): `[P, 4]`: index into `stage_names`, loss, chosen reward, rejected reward.
         stage_names (`Sequence[str]`): names.
 
-    Example: `[[0, 0.5, 1.0, 0.0], [1, 0.9, 0.0, 2.0]]` of Reach and Grasp: `rewards/margins` -0.5, `stage/Reach/margin` 1.0,
-    `rewards/accuracies` 0.5.
+    Example: `[[0, 0.5, 1.0, 0.0], [1, 0.9, 0.0, 2.0]]` of Reach and Grasp: `rewards/margins` -0.5,
+    `stage/Reach/margin` 1.0, `rewards/accuracies` 0.5.
     """
     stages, losses, chosen, rejected = records.unbind(dim=1)
     margins = chosen - rejected

@@ -1,0 +1,356 @@
+"""Imitation -> Preference -> Interaction on one task, from nothing to three evaluated checkpoints.
+
+    accelerate launch recipes/ipi.py --config recipes/configs/ipi_stackcube_tiny.yaml --output_dir outputs/ipi
+
+Flags override the file, those of a phase by its name: `--interaction.learning_rate 3e-4`. The same command with the same
+`--output_dir` continues where it stopped. `--phases preference,interaction --init_checkpoint PATH` starts from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import TrlParser
+
+from trl_stare import (
+    StageDPOConfig,
+    StageDPOTrainer,
+    StagePPOConfig,
+    StagePPOTrainer,
+    StageSFTConfig,
+    StageSFTTrainer,
+    TokenPolicy,
+    get_plan,
+    make_env,
+)
+from trl_stare.data import (
+    build_pairs,
+    demonstrate,
+    format_yield,
+    load_trajectories,
+    pairs_dataset,
+    play,
+    save_pairs,
+    save_trajectories,
+)
+from trl_stare.envs import get_simulated_task
+from trl_stare.evaluation import (
+    PHASES,
+    build_results,
+    evaluate,
+    read_episodes,
+    save_replays,
+    write_episodes,
+    write_model_card,
+    write_report,
+    write_results,
+)
+from trl_stare.policies import norm_stats
+
+
+logger = logging.getLogger("ipi")
+
+# Every use of a seed has a range of its own: nothing that is evaluated was ever trained on.
+EVAL_SEEDS, DEMO_SEEDS, PREFERENCE_SEEDS, INTERACTION_SEEDS = 0, 100_000, 200_000, 300_000
+
+
+@dataclass
+class IPIArguments:
+    """What to run; the fields of `imitation`, `preference` and `interaction` are those of the trainers' configurations."""
+
+    output_dir: str = field(default="outputs/ipi", metadata={"help": "Where everything goes."})
+    task: str = field(default="StackCube-v1", metadata={"help": "A registered task."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+    phases: str = field(default=",".join(PHASES), metadata={"help": "Phases to run, in this order."})
+    init_checkpoint: str | None = field(default=None, metadata={"help": "Start the first phase from this checkpoint."})
+    num_demonstrations: int = field(default=200, metadata={"help": "Successful demonstrations to imitate."})
+    demonstration_noise: float = field(default=0.1, metadata={"help": "Noise on the demonstrator, controller units."})
+    preference_starts: int = field(default=48, metadata={"help": "Initial states played for preference pairs."})
+    rollouts_per_start: int = field(default=6, metadata={"help": "Episodes per initial state."})
+    max_pairs_per_start: int = field(default=4, metadata={"help": "Most pairs of a stage from one initial state."})
+    min_cost_gap: float = field(default=0.02, metadata={"help": "Smallest cost difference that makes a pair."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of all phases, also in evaluation."})
+    eval_episodes: int = field(default=300, metadata={"help": "Held-out episodes that each phase is evaluated on."})
+    num_envs: int = field(default=16, metadata={"help": "Environments, over all worker processes."})
+    num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default one per core."})
+    image_size: int = field(default=64, metadata={"help": "Pixels of the policy's image."})
+    chunk_size: int = field(default=4, metadata={"help": "Environment steps per decision."})
+    visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
+    policy: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the small VLA's configuration."})
+    imitation: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of StageSFTConfig."})
+    preference: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of StageDPOConfig."})
+    interaction: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of StagePPOConfig."})
+
+    def __post_init__(self):
+        chosen = self.phases.split(",")
+        if chosen != [phase for phase in PHASES if phase in chosen]:
+            raise ValueError(f"`phases` must be some of {','.join(PHASES)} in this order, got {self.phases!r}.")
+        if "imitation" not in chosen and self.init_checkpoint is None and not phase_file(self, "imitation").exists():
+            raise ValueError("`init_checkpoint` must be given when the imitation phase is skipped, got None.")
+        for name in ("num_demonstrations", "preference_starts", "eval_episodes", "chunk_size", "num_envs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.rollouts_per_start < 2:
+            raise ValueError(f"`rollouts_per_start` must be at least 2 to compare any, got {self.rollouts_per_start}.")
+
+
+def main(args: IPIArguments) -> None:
+    """The pipeline, phase by phase; what is there already is not made again."""
+    out = prepare_output(args)
+    configs = {phase: trainer_config(args, phase) for phase in args.phases.split(",")}  # all checked before any work
+    simulated, plan = get_simulated_task(args.task), get_plan(args.task)
+    set_seed(args.seed)
+    timing: dict[str, float] = json.loads((out / "timing.json").read_text()) if (out / "timing.json").exists() else {}
+
+    def timed(name: str, began: float) -> None:
+        timing[name] = timing.get(name, 0.0) + time.perf_counter() - began
+        (out / "timing.json").write_text(json.dumps(timing, indent=2))
+
+    began = time.perf_counter()
+    make = lambda **options: make_env(  # noqa: E731
+        args.task, args.num_envs, num_workers=args.num_workers, image_size=args.image_size, visuals=args.visuals, **options
+    )
+    checkpoint = args.init_checkpoint
+    if "imitation" in configs and not phase_file(args, "imitation").exists():
+        env = make(chunk_size=1)
+        timed("start simulators", began)
+        began = time.perf_counter()
+        demonstrations = collect_demonstrations(args, env, simulated.demonstrate, plan, out / "data" / "demonstrations")
+        env.close()
+        timed("collect demonstrations", began)
+
+    began = time.perf_counter()
+    env = make(chunk_size=args.chunk_size)
+    try:
+        timed("start simulators", began)
+        for phase, config in configs.items():
+            began = time.perf_counter()
+            if not phase_file(args, phase).exists():
+                logger.info("phase %s", phase)
+                if phase == "imitation":
+                    trained = imitate(args, config, demonstrations, plan)
+                elif phase == "preference":
+                    trained = prefer(args, config, checkpoint, env, plan)
+                else:
+                    trained = interact(args, config, checkpoint, env, plan)
+                timed(f"{phase}: training", began)
+                began = time.perf_counter()
+                finish_phase(args, phase, trained, env, plan, started_from=checkpoint)
+                timed(f"{phase}: evaluation and videos", began)
+            checkpoint = str(out / phase)
+            report(args, timing)
+    finally:
+        env.close()
+
+
+# ---- the phases
+
+
+def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: list, plan: Any) -> dict[str, Any]:
+    """Phase 1: a new small VLA (or `init_checkpoint`) imitates the demonstrations."""
+    if args.init_checkpoint:
+        policy = TokenPolicy.from_pretrained(args.init_checkpoint)
+    else:
+        stats = norm_stats(torch.cat([d.labels for d in demonstrations]), torch.cat([d.state for d in demonstrations]))
+        policy = TokenPolicy.create_tiny(
+            {args.task: stats}, image_size=args.image_size, chunk_size=args.chunk_size, **args.policy
+        )
+    trainer = StageSFTTrainer(policy, config, demonstrations, plan)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
+    env_steps = sum(demonstration.num_steps for demonstration in demonstrations)
+    return {"trainer": trainer, "policy": policy, "env_steps": env_steps}
+
+
+def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any, plan: Any) -> dict[str, Any]:
+    """Phase 2: several episodes per start, cut into stages and compared stage by stage; then StA-TPO."""
+    policy, folder = load_policy(args, checkpoint), Path(args.output_dir) / "data" / "rollouts"
+    if PartialState().is_main_process and not folder.exists():
+        starts = range(PREFERENCE_SEEDS, PREFERENCE_SEEDS + args.preference_starts)
+        seeds = [seed for seed in starts for _ in range(args.rollouts_per_start)]
+        with tqdm(total=len(seeds), desc="rollouts", unit="episode") as bar:
+            generator = torch.Generator().manual_seed(args.seed)
+            rollouts = play(
+                env, policy, seeds, temperature=args.temperature, generator=generator, on_episode=lambda _: bar.update()
+            )
+        save_trajectories(rollouts, folder, plan, metadata=env.metadata)
+    PartialState().wait_for_everyone()
+    rollouts = load_trajectories(folder)
+    pairs = build_pairs(
+        rollouts, plan, objective=config.objective, min_cost_gap=args.min_cost_gap,
+        max_pairs_per_start=args.max_pairs_per_start, seed=args.seed,
+    )  # fmt: skip
+    logger.info("pairs per stage:\n%s", format_yield(pairs.yield_table))
+    if PartialState().is_main_process:
+        save_pairs(pairs.pairs, Path(args.output_dir) / "data" / "pairs")
+    trainer = StageDPOTrainer(policy, config, pairs_dataset(rollouts, pairs.pairs))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
+    env_steps = sum(rollout.num_steps for rollout in rollouts)
+    pair_yield = {stage: dict(counts) for stage, counts in pairs.yield_table.items()}
+    return {"trainer": trainer, "policy": policy, "env_steps": env_steps, "pair_yield": pair_yield}
+
+
+def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: Any, plan: Any) -> dict[str, Any]:
+    """Phase 3: StA-PPO in the simulator."""
+    policy = load_policy(args, checkpoint)
+    count = int(config.num_train_epochs) * config.episodes_per_iteration
+    starts = Dataset.from_dict({"seed": list(range(INTERACTION_SEEDS, INTERACTION_SEEDS + count))})
+    trainer = StagePPOTrainer(policy, config, env, plan, starts)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
+    return {"trainer": trainer, "policy": policy, "env_steps": trainer.env_steps}
+
+
+# ---- what surrounds them
+
+
+def collect_demonstrations(args: IPIArguments, env: Any, expert: Any, plan: Any, folder: Path) -> list:
+    """`num_demonstrations` successful ones, from as many seeds as that takes."""
+    if PartialState().is_main_process and not folder.exists():
+        if expert is None:
+            raise ValueError(f"`task` must have a demonstrator, got {args.task!r} without. Give `init_checkpoint`.")
+        generator, kept, seed = torch.Generator().manual_seed(args.seed), [], DEMO_SEEDS
+        with tqdm(total=args.num_demonstrations, desc="demonstrations", unit="episode") as bar:
+            while len(kept) < args.num_demonstrations:
+                seeds = range(seed, seed + max(args.num_demonstrations - len(kept), args.num_envs))
+                seed = seeds.stop
+                shown = demonstrate(
+                    env, expert, seeds, noise=args.demonstration_noise, generator=generator,
+                    on_episode=lambda trajectory: bar.update(int(trajectory.success_once)),
+                )  # fmt: skip
+                kept += [trajectory for trajectory in shown if trajectory.success_once]
+                if seed - DEMO_SEEDS > 20 * args.num_demonstrations + 100:
+                    raise RuntimeError(f"only {len(kept)} of {seed - DEMO_SEEDS} demonstrations succeeded. Lower the noise.")
+        save_trajectories(kept[: args.num_demonstrations], folder, plan, metadata=env.metadata)
+    PartialState().wait_for_everyone()
+    return load_trajectories(folder)
+
+
+def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:
+    """A checkpoint, refused if it acts in other chunks than the environment."""
+    policy = TokenPolicy.from_pretrained(checkpoint)
+    if (policy.chunk_size, policy.action_dim) != (args.chunk_size, 7):
+        raise ValueError(
+            f"`{checkpoint}` must act in chunks of {args.chunk_size} x 7 values, got {policy.chunk_size} x "
+            f"{policy.action_dim}. Set `chunk_size`, or use another checkpoint."
+        )
+    return policy
+
+
+def finish_phase(
+    args: IPIArguments, phase: str, trained: dict[str, Any], env: Any, plan: Any, started_from: str | None
+) -> None:
+    """Save the checkpoint, evaluate it on the held-out seeds, film a success and a failure; the phase is then done."""
+    out, trainer, policy = Path(args.output_dir), trained["trainer"], trained["policy"]
+    trainer.save_model(str(out / phase))
+    if not PartialState().is_main_process:
+        return
+    policy.model.eval()
+    seeds = range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes)
+    result, episodes = evaluate(policy, env, plan, seeds, temperature=args.temperature, seed=args.seed)
+    wall_s = trainer.state.log_history[-1].get("train_runtime", 0.0)
+    result = result.for_phase(checkpoint=phase, env_steps=trained["env_steps"], wall_s=wall_s)
+    write_episodes(out / "evaluation" / f"{phase}.jsonl", episodes)
+    write_model_card(
+        out / phase,
+        phase=phase,
+        result=result,
+        task=args.task,
+        visuals=env.metadata["visuals"],
+        started_from=started_from,
+        usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
+    )
+    save_replays(out / "videos", phase, env, policy, plan, temperature=args.temperature, seed=args.seed)
+    done = {"result": result.to_dict(), "history": trainer.state.log_history, "pair_yield": trained.get("pair_yield")}
+    phase_file(args, phase).write_text(json.dumps(done, indent=1))
+
+
+def report(args: IPIArguments, timing: dict[str, float]) -> None:
+    """Write `results.json` and the report from the phases that are done."""
+    if not PartialState().is_main_process:
+        return
+    out = Path(args.output_dir)
+    done = {phase: json.loads(phase_file(args, phase).read_text()) for phase in PHASES if phase_file(args, phase).exists()}
+    metadata = next(iter(done.values()))["result"]["metadata"]
+    phases = {phase: record["result"] for phase, record in done.items()}
+    results = build_results(task=args.task, seed=args.seed, visuals=metadata["visuals"], phases=phases)
+    write_results(out / "results.json", results)
+    pair_yield = done.get("preference", {}).get("pair_yield")
+    write_report(
+        out,
+        results,
+        {phase: record["history"] for phase, record in done.items()},
+        episodes={phase: read_episodes(out / "evaluation" / f"{phase}.jsonl") for phase in done},
+        pair_yield=pair_yield,
+        timing=timing,
+        notes=[
+            f"Command: `accelerate launch {shlex.join(sys.argv)}`; every setting is in `config.yaml`.",
+            f"Imitation saw {args.num_demonstrations} demonstrations, few enough to leave the other phases something to do.",
+            f"The policy sees {args.image_size} px images and acts in chunks of {args.chunk_size} steps; it is sampled at "
+            f"temperature {args.temperature} in all phases and in evaluation.",
+        ],
+    )
+
+
+# ---- configuration and bookkeeping
+
+
+def phase_file(args: IPIArguments, phase: str) -> Path:
+    """Written last: a phase that has it is done."""
+    return Path(args.output_dir) / "evaluation" / f"{phase}.json"
+
+
+def trainer_config(args: IPIArguments, phase: str) -> Any:
+    """The trainer's own configuration, with what the pipeline decides."""
+    cls = {"imitation": StageSFTConfig, "preference": StageDPOConfig, "interaction": StagePPOConfig}[phase]
+    given = {"report_to": "none", "seed": args.seed, "use_cpu": not torch.cuda.is_available(), **getattr(args, phase)}
+    if phase == "interaction":
+        given["temperature"] = args.temperature
+    return cls(output_dir=str(Path(args.output_dir) / phase / "training"), **given)
+
+
+def prepare_output(args: IPIArguments) -> Path:
+    """Make the folder, or see that it belongs to this very configuration."""
+    out, given = Path(args.output_dir), asdict(args)
+    file = out / "config.yaml"
+    (out / "evaluation").mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        before = yaml.safe_load(file.read_text())
+        changed = sorted(
+            key for key in given if before.get(key) != given[key] and key not in ("phases", "init_checkpoint", "output_dir")
+        )
+        if changed:
+            raise ValueError(
+                f"`output_dir` must be new or of the same run, got {args.output_dir} whose config.yaml has other {changed}. "
+                "Use another `output_dir`, or the same settings to continue."
+            )
+    file.write_text(yaml.safe_dump(given, sort_keys=False))
+    return out
+
+
+def parse() -> IPIArguments:
+    """`--config FILE`, flags over it, and `--phase.field value` over the fields of a phase."""
+    args, rest = TrlParser(IPIArguments).parse_args_and_config(return_remaining_strings=True)
+    for flag, value in zip(rest[::2], rest[1::2], strict=len(rest) % 2 == 0):
+        section, _, name = flag.removeprefix("--").partition(".")
+        if section not in (*PHASES, "policy") or not name:
+            raise ValueError(f"unknown flag {flag!r}. Fields of a phase are given as --interaction.learning_rate 3e-4.")
+        getattr(args, section)[name] = yaml.safe_load(value)
+    return args
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(parse())

@@ -1,0 +1,94 @@
+"""From pairs to rows to a flat batch, with numbers that say where they came from."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trl_stare.data.collators import PreferenceCollator, pairs_dataset
+from trl_stare.data.pairs import StagePair
+from trl_stare.data.trajectory import Trajectory
+
+
+def episode(number: int, num_decisions: int, seed: int = 7) -> Trajectory:
+    """Decision `m` of episode `number` has pixels, state and trace of value `10 * number + m`; two steps a
+    decision."""
+    values, steps = 10 * number + torch.arange(num_decisions), 2 * num_decisions
+    return Trajectory(
+        task="Toy-v1",
+        instruction=f"do {seed}",
+        seed=seed,
+        policy="toy",
+        images=values.to(torch.uint8)[:, None, None, None].expand(-1, 4, 5, 3),
+        state=values.float()[:, None].expand(-1, 2),
+        starts=torch.arange(0, steps, 2),
+        actions=torch.zeros(steps, 1),
+        labels=torch.zeros(steps, 1),
+        trace=values[:, None].expand(-1, 3),
+        logps=None,
+        features=None,
+        final_image=torch.zeros(4, 5, 3, dtype=torch.uint8),
+        final_state=torch.zeros(2),
+        signals={"success": torch.zeros(steps + 1, dtype=torch.bool)},
+        reward=torch.zeros(steps),
+        terminated=False,
+        truncated=True,
+    )
+
+
+EPISODES = [episode(0, 4), episode(1, 3), episode(2, 2, seed=8), episode(3, 1, seed=8)]
+PAIRS = [
+    StagePair("Toy-v1", "do 7", 7, 1, "Grasp", 0, 1, 2, 7, 4, 6, 0.5, 1.0, "passed"),
+    StagePair("Toy-v1", "do 8", 8, 0, "Reach", 3, 2, 0, 2, 0, 4, 0.25, 0.75, "cost"),
+]
+
+
+def prepare(obs):
+    """The observations themselves, so that the test sees what a policy would."""
+    return {"pixels": obs.images, "state": obs.state, "words": torch.tensor([len(text) for text in obs.instructions])}
+
+
+def test_a_row_holds_the_decisions_of_its_slices():
+    rows = pairs_dataset(EPISODES, PAIRS)
+    assert rows["chosen_trace"] == [[[1] * 3, [2] * 3, [3] * 3], [[30] * 3]]
+    assert rows["rejected_trace"] == [[[12] * 3], [[20] * 3, [21] * 3]]
+    assert rows["stage_name"] == ["Grasp", "Reach"]
+    assert rows[1]["rejected_frames"][1].getpixel((0, 0)) == (21, 21, 21)
+    assert not {"image", "images"} & set(rows.column_names)
+
+
+def test_the_batch_is_flat_chosen_first():
+    batch = PreferenceCollator(prepare)(list(pairs_dataset(EPISODES, PAIRS)))
+    order = [1, 2, 3, 30, 12, 20, 21]
+    assert next(iter(batch)) == "stages"
+    assert batch["stages"].tolist() == [1, 0]
+    assert batch["stage_names"] == ["Grasp", "Reach"]
+    assert batch["chosen_cost"].tolist() == [0.5, 0.25]
+    assert batch["rejected_cost"].tolist() == [1.0, 0.75]
+    assert batch["side_ids"].tolist() == [0, 0, 0, 1, 2, 3, 3]
+    assert batch["trace"][:, 0].tolist() == order
+    assert batch["inputs"]["pixels"].dtype == torch.uint8
+    assert batch["inputs"]["pixels"].shape == (7, 4, 5, 3)
+    assert batch["inputs"]["pixels"][:, 0, 0, 0].tolist() == order
+    assert batch["inputs"]["state"][:, 1].tolist() == order
+    assert "ref_chosen_logps" not in batch
+
+
+def test_reference_scores_are_taken_along():
+    rows = pairs_dataset(EPISODES, PAIRS).add_column("ref_chosen_logps", [-1.0, -2.0])
+    assert PreferenceCollator(prepare)(list(rows))["ref_chosen_logps"].tolist() == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("episodes", "pair", "message"),
+    [
+        (EPISODES, replace(PAIRS[0], chosen=9), "refer to the 4 trajectories, got 9 in pair 0"),
+        (EPISODES, replace(PAIRS[0], seed=1), "must be of"),
+        (EPISODES, replace(PAIRS[0], rejected=2), "must be of"),
+        (EPISODES, replace(PAIRS[0], chosen_start=3, chosen_stop=4), "none on the chosen side of pair 0"),
+        ([replace(EPISODES[0], trace=None), EPISODES[1]], PAIRS[0], "must have a trace"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_refused(episodes, pair, message):
+    with pytest.raises(ValueError, match=message):
+        pairs_dataset(episodes, [pair])

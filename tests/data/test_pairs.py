@@ -1,0 +1,210 @@
+"""Which pairs are made of which episodes: tables of literal expectations on a plan of two stages."""
+
+import pytest
+import torch
+
+from trl_stare.data.pairs import OUTCOMES, build_pairs, format_yield
+from trl_stare.data.trajectory import Trajectory
+from trl_stare.stages import Stage, StagePlan, succeeded
+
+
+PLAN = StagePlan(
+    "Toy-v1",
+    (
+        Stage(
+            name="Reach",
+            done=lambda s: s["distance"][..., 0] <= 0.0,
+            distance=lambda s: s["distance"][..., 0],
+            scale=1.0,
+            reads=("distance",),
+        ),
+        Stage(
+            name="Finish",
+            done=succeeded,
+            distance=lambda s: s["rest"][..., 0],
+            scale=1.0,
+            reads=("rest", "success"),
+        ),
+    ),
+)
+
+
+def episode(
+    distance, rest, success_at=None, *, seed=1, instruction="go", starts=(0, 2, 4), task="Toy-v1"
+) -> Trajectory:
+    """`T = len(distance) - 1` steps; the stages read nothing but these two distances and the success."""
+    rows, steps = len(distance), len(distance) - 1
+    success = torch.zeros(rows, dtype=torch.bool)
+    if success_at is not None:
+        success[success_at:] = True
+    starts = torch.tensor([start for start in starts if start < steps])
+    return Trajectory(
+        task=task,
+        instruction=instruction,
+        seed=seed,
+        policy="toy",
+        images=torch.zeros(len(starts), 4, 4, 3, dtype=torch.uint8),
+        state=torch.zeros(len(starts), 2),
+        starts=starts,
+        actions=torch.zeros(steps, 2),
+        labels=torch.zeros(steps, 2),
+        trace=torch.zeros(len(starts), 4, dtype=torch.int64),
+        logps=None,
+        features=None,
+        final_image=torch.zeros(4, 4, 3, dtype=torch.uint8),
+        final_state=torch.zeros(2),
+        signals={"distance": torch.tensor(distance)[:, None], "rest": torch.tensor(rest)[:, None], "success": success},
+        reward=success[1:].float(),
+        terminated=success_at is not None,
+        truncated=success_at is None,
+    )
+
+
+# Reach costs the mean of distance over the rows after the first up to its exit, Finish the same of rest.
+FAST = episode(
+    [1.0, 0.5, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.5, 0.0], success_at=4
+)  # Reach [0, 2) 0.25, Finish [2, 4) 0.25
+SLOW = episode(
+    [1.0, 1.0, 0.5, 0.0, 0.0, 0.0], [1.0] * 4 + [0.5, 0.0], success_at=5
+)  # Reach [0, 3) 0.5, Finish [3, 5) 0.25
+STUCK = episode([1.0, 0.5, 0.0, 0.0, 0.0], [1.0] * 5)  # Reach [0, 2) 0.25, Finish [2, 4) failed at 1.0
+LOST = episode([1.0] * 5, [1.0] * 5)  # Reach [0, 4) failed at 1.0
+
+
+def table(pairs):
+    """stage, chosen, rejected, chosen slice, rejected slice, reason."""
+    return [
+        (
+            p.stage_name,
+            p.chosen,
+            p.rejected,
+            (p.chosen_start, p.chosen_stop),
+            (p.rejected_start, p.rejected_stop),
+            p.reason,
+        )
+        for p in pairs
+    ]
+
+
+def counts(made=0, not_reached=0, both_failed=0, gap_too_small=0, no_decision=0, capped=0):
+    return dict(zip(OUTCOMES, (made, not_reached, both_failed, gap_too_small, no_decision, capped), strict=True))
+
+
+CASES = {
+    "passed beats failed, and the failed side takes no part in what follows": (
+        [STUCK, LOST],
+        [("Reach", 0, 1, (0, 2), (0, 4), "passed")],
+        {"Reach": counts(made=1), "Finish": counts(not_reached=1)},
+    ),
+    "both passed: the lower cost, whatever the order; Finish fails in one": (
+        [SLOW, STUCK],
+        [("Reach", 1, 0, (0, 2), (0, 3), "cost"), ("Finish", 0, 1, (3, 5), (2, 4), "passed")],
+        {"Reach": counts(made=1), "Finish": counts(made=1)},
+    ),
+    "success against success: a pair where costs differ, none where they do not": (
+        [FAST, SLOW],
+        [("Reach", 0, 1, (0, 2), (0, 3), "cost")],
+        {"Reach": counts(made=1), "Finish": counts(gap_too_small=1)},
+    ),
+    "no success at all still gives pairs": (
+        [STUCK, STUCK, LOST],
+        [("Reach", 0, 2, (0, 2), (0, 4), "passed"), ("Reach", 1, 2, (0, 2), (0, 4), "passed")],
+        {"Reach": counts(made=2, gap_too_small=1), "Finish": counts(not_reached=2, both_failed=1)},
+    ),
+    "both failed": ([LOST, LOST], [], {"Reach": counts(both_failed=1), "Finish": counts(not_reached=1)}),
+    "another start": (
+        [STUCK, episode([1.0] * 5, [1.0] * 5, seed=2)],
+        [],
+        {"Reach": counts(), "Finish": counts()},
+    ),
+    "another instruction": (
+        [STUCK, episode([1.0] * 5, [1.0] * 5, instruction="stop")],
+        [],
+        {"Reach": counts(), "Finish": counts()},
+    ),
+    "a segment between two decisions has nothing to learn from": (
+        [STUCK, episode([1.0, 0.5, 0.0, 0.0], [1.0, 1.0, 1.0, 0.5], success_at=3, starts=(0,))],
+        [],
+        {"Reach": counts(gap_too_small=1), "Finish": counts(no_decision=1)},
+    ),
+    "an empty segment too": (
+        [LOST, episode([0.0, 0.0], [1.0, 1.0])],
+        [],
+        {"Reach": counts(no_decision=1), "Finish": counts(not_reached=1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pairs(case):
+    trajectories, expected, yields = CASES[case]
+    result = build_pairs(trajectories, PLAN, min_cost_gap=0.02)
+    assert table(result.pairs) == expected
+    assert result.yield_table == yields
+
+
+def test_costs_and_identity_of_a_pair():
+    (pair,) = build_pairs([SLOW, FAST], PLAN).pairs
+    assert (pair.task, pair.instruction, pair.seed, pair.stage) == ("Toy-v1", "go", 1, 0)
+    assert (pair.chosen_cost, pair.rejected_cost) == (0.25, 0.5)
+
+
+def test_the_gap_is_a_threshold():
+    assert len(build_pairs([SLOW, FAST], PLAN, min_cost_gap=0.25).pairs) == 1
+    assert len(build_pairs([SLOW, FAST], PLAN, min_cost_gap=0.26).pairs) == 0
+    assert len(build_pairs([FAST, FAST], PLAN, min_cost_gap=0.0).pairs) == 0
+
+
+def test_the_cap_holds_per_start_and_stage_and_counts_what_it_leaves_out():
+    trajectories = [STUCK] * 3 + [LOST] * 3 + [episode([1.0] * 5, [1.0] * 5, seed=2), FAST]
+    everything = build_pairs(trajectories, PLAN)
+    capped = build_pairs(trajectories, PLAN, max_pairs_per_start=4, seed=3)
+    assert everything.yield_table["Reach"]["made"] == 12
+    assert (capped.yield_table["Reach"]["made"], capped.yield_table["Reach"]["capped"]) == (4, 8)
+    assert set(capped.pairs) < set(everything.pairs)
+    assert capped.pairs == build_pairs(trajectories, PLAN, max_pairs_per_start=4, seed=3).pairs
+    assert any(build_pairs(trajectories, PLAN, max_pairs_per_start=4, seed=s).pairs != capped.pairs for s in range(5))
+
+
+@pytest.mark.parametrize("objective", ["tpo-mean", "tpo-sum"])
+def test_whole_trajectories_pair_success_with_failure(objective):
+    result = build_pairs([LOST, FAST, SLOW, STUCK], PLAN, objective=objective)
+    assert table(result.pairs) == [
+        ("trajectory", 1, 0, (0, 4), (0, 4), "passed"),
+        ("trajectory", 2, 0, (0, 5), (0, 4), "passed"),
+        ("trajectory", 1, 3, (0, 4), (0, 4), "passed"),
+        ("trajectory", 2, 3, (0, 5), (0, 4), "passed"),
+    ]
+    assert {(p.chosen_cost, p.rejected_cost) for p in result.pairs} == {(0.0, 0.0)}
+    assert result.yield_table == {"trajectory": counts(made=4, both_failed=1, gap_too_small=1)}
+
+
+def test_every_comparison_is_accounted_for():
+    trajectories = [FAST, SLOW, STUCK, LOST, STUCK]
+    for row in build_pairs(trajectories, PLAN, max_pairs_per_start=2).yield_table.values():
+        assert sum(row.values()) == 5 * 4 // 2
+
+
+def test_the_table_reads_as_text():
+    lines = format_yield({"Reach": counts(made=12, both_failed=3)}).splitlines()
+    assert lines[0].split() == ["stage", *OUTCOMES]
+    assert lines[1].split() == ["Reach", "12", "0", "3", "0", "0", "0"]
+    assert len(lines[0]) == len(lines[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "dpo"}, "`objective`"),
+        ({"min_cost_gap": -1.0}, "`min_cost_gap`"),
+        ({"max_pairs_per_start": 0}, "`max_pairs_per_start`"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        build_pairs([FAST], PLAN, **change)
+
+
+def test_episodes_of_another_task_are_refused():
+    with pytest.raises(ValueError, match="'Other-v1' at 1"):
+        build_pairs([FAST, episode([1.0] * 5, [1.0] * 5, task="Other-v1")], PLAN)

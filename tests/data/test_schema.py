@@ -1,0 +1,184 @@
+"""What is saved comes back exactly, and loads without our code."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from dataclasses import fields, replace  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from datasets import load_dataset  # noqa: E402
+
+from trl_stare.data import schema  # noqa: E402
+from trl_stare.data.pairs import StagePair  # noqa: E402
+from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories  # noqa: E402
+from trl_stare.data.trajectory import Trajectory  # noqa: E402
+from trl_stare.stages import get_plan  # noqa: E402
+
+
+PLAN = get_plan("StackCube-v1")
+
+
+def episode(seed: int, *, num_steps: int = 6, traced: bool = True, success_at: int | None = None) -> Trajectory:
+    """Noise in the shapes of StackCube-v1, with a contact at row 2."""
+    g = torch.Generator().manual_seed(seed)
+    rows, starts = num_steps + 1, torch.arange(0, num_steps, 4)
+    success = torch.zeros(rows, dtype=torch.bool)
+    if success_at is not None:
+        success[success_at:] = True
+    noise = {
+        name: torch.rand(rows, size, generator=g)
+        for name, size in {
+            "tcp_position": 3,
+            "object_position": 3,
+            "goal_position": 3,
+            "object_lift": 1,
+            "gripper_width": 1,
+        }.items()
+    }
+    return Trajectory(
+        task="StackCube-v1",
+        instruction="stack the red cube",
+        seed=seed,
+        policy="toy",
+        images=torch.randint(0, 256, (len(starts), 8, 10, 3), generator=g, dtype=torch.uint8),
+        state=torch.randn(len(starts), 5, generator=g),
+        starts=starts,
+        actions=torch.randn(num_steps, 7, generator=g),
+        labels=torch.randn(num_steps, 7, generator=g),
+        trace=torch.randint(0, 33, (len(starts), 28), generator=g) if traced else None,
+        logps=-torch.rand(len(starts), 28, generator=g) if traced else None,
+        features=torch.zeros(len(starts), 3) if traced else None,
+        final_image=torch.randint(0, 256, (8, 10, 3), generator=g, dtype=torch.uint8),
+        final_state=torch.randn(5, generator=g),
+        signals=noise | {"is_contact": torch.arange(rows) >= 2, "is_grasped": success, "success": success},
+        reward=success[1:].float(),
+        terminated=success_at is not None,
+        truncated=success_at is None,
+    )
+
+
+def assert_equal(left: Trajectory, right: Trajectory):
+    for field in fields(Trajectory):
+        a, b = getattr(left, field.name), getattr(right, field.name)
+        if field.name == "signals":
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+        elif isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype, field.name
+            assert torch.equal(a, b), field.name
+        else:
+            assert a == b, field.name
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_trajectories_come_back_exactly(tmp_path, monkeypatch, traced):
+    monkeypatch.setattr(schema, "EPISODES_PER_SHARD", 2)
+    episodes = [
+        episode(seed, num_steps=5 + seed, traced=traced, success_at=4 if seed % 2 else None) for seed in range(5)
+    ]
+    save_trajectories(episodes, tmp_path / "data" / "rollouts", PLAN, metadata={"visuals": "light"})
+    names = sorted(path.name for path in (tmp_path / "data" / "rollouts").iterdir())
+    assert names == [f"train-{i:05d}-of-00003.parquet" for i in range(3)]
+    loaded = load_trajectories(tmp_path / "data" / "rollouts")
+    assert len(loaded) == 5
+    for before, after in zip(episodes, loaded, strict=True):
+        assert_equal(replace(before, features=None), after)
+
+
+def test_plain_load_dataset_shows_the_stages(tmp_path):
+    first = episode(0, num_steps=6, success_at=4)
+    save_trajectories([first, episode(1)], tmp_path / "rollouts", PLAN, metadata={"visuals": "light"})
+    rows = load_dataset(str(tmp_path / "rollouts"), split="train", cache_dir=str(tmp_path / "cache"))
+    row = rows[0]
+    assert rows["id"] == [0, 1] and rows["success_once"] == [True, False]
+    assert row["stage_names"] == ["Reach", "Grasp", "Transport", "Stack"]
+    assert [(s["stage"], s["start"], s["stop"], s["passed"]) for s in row["segments"]] == [
+        (0, 0, 2, True),
+        (1, 2, 4, True),
+        (2, 4, 4, True),
+        (3, 4, 4, True),
+    ]
+    assert row["stage"][:2] == [0, 0] and row["stage"][4:] == [4, 4]
+    assert np.array_equal(np.array(row["images"][1]), first.images[1].numpy())
+    assert torch.equal(torch.tensor(row["signal.tcp_position"]), first.signals["tcp_position"])
+    assert row["metadata"] == '{"visuals": "light"}'
+
+
+def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
+    save_trajectories([episode(seed) for seed in range(3)], tmp_path / "rollouts", PLAN)
+    save_trajectories([episode(9)], tmp_path / "rollouts", PLAN)
+    assert [t.seed for t in load_trajectories(tmp_path / "rollouts")] == [9]
+    assert [path.name for path in tmp_path.iterdir()] == ["rollouts"]
+
+
+def test_a_failed_save_keeps_what_was_there(tmp_path):
+    save_trajectories([episode(3)], tmp_path / "rollouts", PLAN)
+    broken = replace(episode(4), task="Other-v1")
+    with pytest.raises(ValueError, match="'Other-v1' at 1"):
+        save_trajectories([episode(5), broken], tmp_path / "rollouts", PLAN)
+    assert [t.seed for t in load_trajectories(tmp_path / "rollouts")] == [3]
+
+
+def test_saving_refuses_what_it_cannot_keep(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    one = episode(0)
+    other_signals = replace(one, signals={**one.signals, "extra": torch.zeros(7)})
+    doubles = replace(one, signals={**one.signals, "extra": torch.zeros(7, dtype=torch.float64)})
+    cases = [
+        ([], "rollouts", "at least one"),
+        ([one], "mine", "notes.txt"),
+        ([one, other_signals], "rollouts", "at 1"),
+    ]
+    for episodes, folder, message in [*cases, ([doubles], "rollouts", "float64")]:
+        with pytest.raises(ValueError, match=message):
+            save_trajectories(episodes, tmp_path / folder, PLAN)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+
+
+PAIR = StagePair("StackCube-v1", "stack", 3, 1, "Grasp", 0, 1, 2, 5, 1, 6, 0.1, 1 / 3, "passed")
+
+
+@pytest.mark.parametrize("pairs", [(), (PAIR, replace(PAIR, seed=4, reason="cost"))])
+def test_pairs_come_back_exactly(tmp_path, pairs):
+    save_pairs(pairs, tmp_path / "preferences")
+    assert load_pairs(tmp_path / "preferences") == pairs
+
+
+def test_a_file_that_is_not_ours_names_itself_and_the_column(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_trajectories(tmp_path / "nowhere")
+    folder = tmp_path / "rollouts"
+    save_trajectories([episode(0)], folder, PLAN)
+    file = folder / "train-00000-of-00001.parquet"
+    good = pq.read_table(file)
+
+    pq.write_table(good.drop_columns(["actions"]), file)
+    with pytest.raises(ValueError, match=r"train-00000.*'actions'.*no such column"):
+        load_trajectories(folder)
+
+    seeds = pa.array(["zero"])
+    pq.write_table(good.set_column(good.column_names.index("seed"), "seed", seeds), file)
+    with pytest.raises(ValueError, match=r"train-00000.*'seed'.*int64"):
+        load_trajectories(folder)
+
+    ragged = pa.array([[[1.0, 2.0], [3.0]]], type=good.schema.field("actions").type)
+    pq.write_table(good.set_column(good.column_names.index("actions"), good.schema.field("actions"), ragged), file)
+    with pytest.raises(ValueError, match=r"train-00000.*row 0, column 'actions'"):
+        load_trajectories(folder)
+
+    spoiled = pa.array([{"bytes": b"no image", "path": None}], type=good.schema.field("final_image").type)
+    position = good.column_names.index("final_image")
+    pq.write_table(good.set_column(position, good.schema.field("final_image"), spoiled), file)
+    with pytest.raises(ValueError, match=r"train-00000.*row 0, column 'final_image'"):
+        load_trajectories(folder)
+
+    file.write_bytes(b"not parquet at all")
+    with pytest.raises(ValueError, match=r"train-00000.*must be a parquet file"):
+        load_trajectories(folder)

@@ -1,0 +1,105 @@
+"""Policy and critic as the one module that the Trainer, DDP and DeepSpeed see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trl_stare.interfaces import ActionEval, Signals, VLAPolicy
+
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+def privileged_features(signals: Signals, names: Sequence[str], time: Tensor) -> Tensor:
+    """Signals `[M]` or `[M, D]` in the order of `names`, and the share of the time limit used, `[M]` -> `[M, F]`."""
+    columns = [signals[name].float() for name in names]
+    return torch.cat([column if column.ndim == 2 else column[:, None] for column in columns] + [time[:, None]], dim=-1)
+
+
+class ValueHead(nn.Module):
+    """An MLP that predicts the return; its input is standardised with statistics fixed at the first rollout.
+
+    Args:
+        num_features (`int`): `F`. hidden_size (`int`): width.
+
+    Example: `ValueHead(18)(torch.zeros(5, 18)).shape` is `(5,)`.
+    """
+
+    def __init__(self, num_features: int, hidden_size: int = 128):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("std", torch.ones(num_features))
+        self.register_buffer("is_calibrated", torch.tensor(False))
+        self.layers = nn.Sequential(
+            nn.Linear(num_features, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, 1),
+        )
+        # a critic that knows nothing predicts 0, not noise
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def calibrate(self, features: Tensor) -> None:
+        """Take mean and standard deviation of `[M, F]` features; later calls change nothing."""
+        if not self.is_calibrated:
+            self.mean.copy_(features.mean(dim=0))
+            self.std.copy_(features.std(dim=0).clamp(min=1e-3))
+            self.is_calibrated.fill_(True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[M, F]` -> `[M]`."""
+        features = ((features.float() - self.mean) / self.std).clamp(-10, 10)
+        return self.layers(features.to(self.layers[0].weight.dtype)).squeeze(-1)
+
+
+class ActorCritic(nn.Module):
+    """A policy's model and a value head, with one forward for both.
+
+    Args:
+        policy ([`VLAPolicy`]): the actor. value_head ([`ValueHead`]): the critic.
+    """
+
+    def __init__(self, policy: VLAPolicy, value_head: ValueHead):
+        super().__init__()
+        self.model, self.value_head = policy.model, value_head
+        self._policy = [policy]  # in a list: not a submodule
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, which the Trainer asks for."""
+        return self.model.config
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Passed on to the model."""
+        self.model.gradient_checkpointing_enable(**kwargs)
+
+    def forward(
+        self, inputs: dict[str, Tensor], trace: Tensor, features: Tensor | None, temperature: float
+    ) -> tuple[ActionEval, Tensor]:
+        """Evaluate `trace`; the critic reads `features`, or the detached hidden state where they are `None`."""
+        evaluation = self._policy[0].evaluate(inputs, trace, temperature=temperature)
+        return evaluation, self.value_head(evaluation.features.detach() if features is None else features)
+
+    def save(self, folder: str | Path) -> None:
+        """A plain checkpoint of the policy, and the critic in a file of its own."""
+        self._policy[0].save_pretrained(folder)
+        save_file(self.value_head.state_dict(), Path(folder) / VALUE_HEAD_FILE)
+
+    def load_value_head(self, folder: str | Path) -> None:
+        """Read the critic back.
+
+        Raises:
+            FileNotFoundError: if the checkpoint has none.
+        """
+        path = Path(folder) / VALUE_HEAD_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"`{folder}` must hold {VALUE_HEAD_FILE} to resume PPO, got none.")
+        self.value_head.load_state_dict(load_file(path))

@@ -1,0 +1,34 @@
+"""Configuration of the imitation stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+
+@dataclass
+class StageSFTConfig(SFTConfig):
+    r"""
+    Configuration of [`StageSFTTrainer`]: TRL's [`~trl.SFTConfig`] and what stages add.
+
+    Parameters:
+        stage_balanced (`bool`, *optional*, defaults to `False`):
+            Weight decisions so that every stage counts the same, however many steps it lasts.
+    """
+
+    stage_balanced: bool = field(
+        default=False,
+        metadata={"help": "Weight decisions so that every stage counts the same, however many steps it lasts."},
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW; the small VLA's default."})
+    max_length: int | None = field(default=None, metadata={"help": "Unused: a decision has a fixed number of tokens."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations in the backward pass."})
+    bf16: bool | None = field(default=False, metadata={"help": "Train in bfloat16."})
+
+    def __post_init__(self):
+        if self.max_length is not None:
+            raise ValueError(f"`max_length` must be None, got {self.max_length}. A decision has a fixed number of tokens.")
+        # the rows are decisions that a collator turns into tensors: there is no text to tokenise
+        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        super().__post_init__()
