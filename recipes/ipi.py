@@ -44,16 +44,19 @@ from trl_stare.data import (
     load_trajectories,
     pairs_dataset,
     play,
+    replay,
     save_pairs,
     save_trajectories,
 )
 from trl_stare.envs import get_simulated_task
 from trl_stare.evaluation import (
     PHASES,
+    Replay,
     build_results,
     evaluate,
     read_episodes,
-    save_replays,
+    save_success_and_failure,
+    stage_labels,
     write_episodes,
     write_model_card,
     write_report,
@@ -61,11 +64,10 @@ from trl_stare.evaluation import (
 )
 from trl_stare.policies import norm_stats
 
-
 logger = logging.getLogger("ipi")
 
 # Every use of a seed has a range of its own: nothing that is evaluated was ever trained on.
-EVAL_SEEDS, DEMO_SEEDS, PREFERENCE_SEEDS, INTERACTION_SEEDS = 0, 100_000, 200_000, 300_000
+EVAL_SEEDS, VIDEO_SEEDS, DEMO_SEEDS, PREFERENCE_SEEDS, INTERACTION_SEEDS = 0, 50_000, 100_000, 200_000, 300_000
 
 
 @dataclass
@@ -150,9 +152,13 @@ def main(args: IPIArguments) -> None:
                 timed(f"{phase}: training", began)
                 began = time.perf_counter()
                 finish_phase(args, phase, trained, env, plan, started_from=checkpoint)
-                timed(f"{phase}: evaluation and videos", began)
+                timed(f"{phase}: evaluation", began)
             checkpoint = str(out / phase)
             report(args, timing)
+        began = time.perf_counter()
+        film(args, env, plan)
+        timed("videos", began)
+        report(args, timing)
     finally:
         env.close()
 
@@ -252,7 +258,7 @@ def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:
 def finish_phase(
     args: IPIArguments, phase: str, trained: dict[str, Any], env: Any, plan: Any, started_from: str | None
 ) -> None:
-    """Save the checkpoint, evaluate it on the held-out seeds, film a success and a failure; the phase is then done."""
+    """Save the checkpoint, evaluate it on the held-out seeds, write its card; the phase is then done."""
     out, trainer, policy = Path(args.output_dir), trained["trainer"], trained["policy"]
     trainer.save_model(str(out / phase))
     if not PartialState().is_main_process:
@@ -272,9 +278,29 @@ def finish_phase(
         started_from=started_from,
         usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
     )
-    save_replays(out / "videos", phase, env, policy, plan, temperature=args.temperature, seed=args.seed)
     done = {"result": result.to_dict(), "history": trainer.state.log_history, "pair_yield": trained.get("pair_yield")}
     phase_file(args, phase).write_text(json.dumps(done, indent=1))
+
+
+def film(args: IPIArguments, env: Any, plan: Any) -> None:
+    """A success and a failure of every finished phase, at every step and in a larger picture."""
+    videos = Path(args.output_dir) / "videos"
+    missing = [p for p in PHASES if phase_file(args, p).exists() and not list(videos.glob(f"{p}_*.mp4"))]
+    if not missing or not PartialState().is_main_process:
+        return
+    camera = make_env(args.task, 1, chunk_size=1, image_size=256, visuals=args.visuals)
+    for phase in missing:
+        policy = load_policy(args, str(Path(args.output_dir) / phase))
+        generator = torch.Generator().manual_seed(args.seed)
+        shown = play(env, policy, range(VIDEO_SEEDS, VIDEO_SEEDS + 32), temperature=args.temperature, generator=generator)
+        chosen = [next((t for t in shown if t.success_once == wanted), None) for wanted in (True, False)]
+        replays = []
+        for trajectory in filter(None, chosen):
+            seen = replay(camera, trajectory)
+            frames = torch.cat([seen.images, seen.final_image[None]]).numpy()
+            replays.append(Replay(seen.seed, frames, stage_labels(plan, seen.signals), seen.success_once))
+        save_success_and_failure(videos, phase, replays)
+    camera.close()
 
 
 def report(args: IPIArguments, timing: dict[str, float]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "trl_stare").rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").rglob("*.py"))

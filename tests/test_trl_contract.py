@@ -4,7 +4,6 @@ break."""
 import inspect
 import os
 
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -16,7 +15,6 @@ from trl.trainer import utils  # noqa: E402
 from trl_stare.trainers._compat import _BaseConfig, _BaseTrainer  # noqa: E402
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig  # noqa: E402
 from trl_stare.trainers.stage_dpo_trainer import StageDPOTrainer  # noqa: E402
-
 
 # owner, method, parameters we pass or receive, what breaks without
 METHODS = [

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-
 Signals = Mapping[str, Tensor]
 """Privileged simulator state by name. At one moment `[N]` bool or `[N, D]` float32; along a trajectory `[T]` or `[T, D]`."""
 

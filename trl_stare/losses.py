@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 RATIO_LEVELS = ("token", "action", "chunk")
 """Over how many action tokens one importance ratio of PPO is taken: one, one environment step's, one decision's."""
 

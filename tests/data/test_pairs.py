@@ -7,7 +7,6 @@ from trl_stare.data.pairs import OUTCOMES, build_pairs, format_yield
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.stages import Stage, StagePlan, succeeded
 
-
 PLAN = StagePlan(
     "Toy-v1",
     (

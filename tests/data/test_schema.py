@@ -2,7 +2,6 @@
 
 import os
 
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from dataclasses import fields, replace  # noqa: E402
@@ -19,7 +18,6 @@ from trl_stare.data.pairs import StagePair  # noqa: E402
 from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories  # noqa: E402
 from trl_stare.data.trajectory import Trajectory  # noqa: E402
 from trl_stare.stages import get_plan  # noqa: E402
-
 
 PLAN = get_plan("StackCube-v1")
 

@@ -4,7 +4,6 @@ import torch
 from trl_stare.losses import gae
 from trl_stare.stages import shaped_reward
 
-
 NEVER = torch.zeros(6, dtype=torch.bool)
 
 

@@ -13,7 +13,6 @@ from trl_stare.stages.tasks import (
     TRANSPORT_MARGIN,
 )
 
-
 PLAN = get_plan("StackCube-v1")
 GOAL = (0.2, 0.0, 0.06)
 

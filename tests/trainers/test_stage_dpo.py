@@ -2,7 +2,6 @@
 
 import os
 
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -25,7 +24,6 @@ from trl_stare.data.trajectory import Trajectory  # noqa: E402
 from trl_stare.policies.token_policy import TokenPolicy  # noqa: E402
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig  # noqa: E402
 from trl_stare.trainers.stage_dpo_trainer import StageDPOTrainer  # noqa: E402
-
 
 CHUNK, ACTION_DIM, BINS, STATE = 2, 3, 5, 4
 TEXT = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48}

@@ -3,10 +3,9 @@
 from trl_stare.data.collators import pairs_dataset
 from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_dataset
 from trl_stare.data.pairs import PairSet, StagePair, build_pairs, format_yield
-from trl_stare.data.rollout import collect, demonstrate, play
+from trl_stare.data.rollout import collect, demonstrate, play, replay
 from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories
 from trl_stare.data.trajectory import Trajectory
-
 
 __all__ = [
     "DemonstrationCollator",
@@ -22,6 +21,7 @@ __all__ = [
     "load_trajectories",
     "pairs_dataset",
     "play",
+    "replay",
     "save_pairs",
     "save_trajectories",
 ]

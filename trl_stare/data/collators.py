@@ -16,7 +16,6 @@ from trl_stare.data.schema import encode_png
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import Observation
 
-
 SIDES = ("chosen", "rejected")
 
 # No column may be called `image` or `images`: DPOTrainer would take the rows for chats with pictures.

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.stages import Segment, StagePlan, segment
 
-
 WHOLE_TRAJECTORY = "trajectory"
 """Stage name of a pair that compares whole trajectories (TPO)."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trl_stare.data.trajectory import Trajectory
-from trl_stare.interfaces import Observation, Signals, VectorEnv, VLAPolicy
+from trl_stare.interfaces import Observation, Signals, Step, VectorEnv, VLAPolicy
 
 
 class Decision(NamedTuple):
@@ -45,19 +45,23 @@ class Timing:
     step_s: float = 0.0
 
 
+class _Moment(NamedTuple):
+    """One decision of one episode: row `i` of the environments, row `j` of what the actor answered."""
+
+    obs: Observation
+    decision: Decision
+    step: Step
+    i: int
+    j: int
+
+
 @dataclass
 class _Recorder:
-    """Collects one running episode."""
+    """Collects one running episode; tensors are cut out of the batches only when it ends."""
 
     episode: int
-    signals: list[dict[str, Tensor]]
-    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    decisions: list[Decision] = field(default_factory=list)
-    actions: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
-    rewards: list[Tensor] = field(default_factory=list)
-    num_steps: int = 0
+    first_signals: Signals
+    moments: list[_Moment] = field(default_factory=list)
 
 
 def play(
@@ -125,6 +129,31 @@ def demonstrate(
     return collect(env, act, seeds, name="expert", on_episode=on_episode)
 
 
+def replay(env: VectorEnv, trajectory: Trajectory) -> Trajectory:
+    """Execute the recorded actions again, one environment step at a time: the same states, seen at every step.
+
+    Args:
+        env (`VectorEnv`): of the same task, with `chunk_size` 1; its images may have another size (a video).
+
+    Raises:
+        ValueError: if the states differ, i.e. the simulator is not the one that recorded the episode.
+    """
+    actions = iter(trajectory.actions)
+
+    def act(obs: Observation, signals: Signals) -> Decision:
+        action = next(actions)[None, None]
+        return Decision(action, action)
+
+    # an evaluation goes on after a success
+    played_on = trajectory.num_steps > int(trajectory.signals["success"][1:].long().argmax()) + 1
+    ignore = bool(trajectory.success_once and played_on)
+    again = collect(env, act, [trajectory.seed], name=trajectory.policy, ignore_terminations=ignore)[0]
+    for name, value in trajectory.signals.items():
+        if not torch.equal(value, again.signals[name]):
+            raise ValueError(f"`env` must repeat the episode of seed {trajectory.seed}, got another {name!r}. Use its backend.")
+    return again
+
+
 @torch.no_grad()
 def collect(
     env: VectorEnv,
@@ -140,7 +169,7 @@ def collect(
     seeds, timing = [int(seed) for seed in seeds], timing or Timing()
     start = env.reset(seeds, ignore_terminations=ignore_terminations)
     obs, signals, episode = start
-    recorders = [_Recorder(int(e), [_row(signals, i)]) for i, e in enumerate(episode)]
+    recorders = [_Recorder(int(e), _row(signals, i)) for i, e in enumerate(episode)]
     finished: dict[int, Trajectory] = {}
     while (active := torch.nonzero(episode >= 0).flatten()).numel():
         began = time.perf_counter()
@@ -152,53 +181,55 @@ def collect(
         timing.act_s += acted - began
         timing.step_s += time.perf_counter() - acted
         for j, i in enumerate(active.tolist()):
-            _record(recorders[i], obs, decision, step, i, j)
+            recorders[i].moments.append(_Moment(obs, decision, step, i, j))
             if step.terminated[i] or step.truncated[i]:
-                trajectory = _finish(recorders[i], env, seeds, step, i, name)
+                trajectory = _finish(recorders[i], env, seeds, name)
                 finished[recorders[i].episode] = trajectory
                 if on_episode is not None:
                     on_episode(trajectory)
-                recorders[i] = _Recorder(int(step.episode[i]), [_row(step.signals, i)])
+                recorders[i] = _Recorder(int(step.episode[i]), _row(step.signals, i))
         obs, signals, episode = step.obs, step.signals, step.episode
     return [finished[index] for index in range(len(seeds))]
 
 
-def _record(recorder: _Recorder, obs: Observation, decision: Decision, step, i: int, j: int) -> None:
-    """Append one decision: row `i` of the environments, row `j` of the active ones."""
-    taken = int(step.num_steps[i])
-    recorder.seen.append((obs.images[i], obs.state[i]))
-    recorder.starts.append(recorder.num_steps)
-    recorder.decisions.append(Decision(*(None if value is None else value[j] for value in decision)))
-    recorder.actions.append(decision.actions[j, :taken])
-    recorder.labels.append(decision.labels[j, :taken])
-    recorder.rewards.append(step.reward[i, :taken])
-    recorder.signals.extend({key: value[i, c] for key, value in step.chunk_signals.items()} for c in range(taken))
-    recorder.num_steps += taken
+def _finish(recorder: _Recorder, env: VectorEnv, seeds: list[int], name: str) -> Trajectory:
+    """Cut the episode's rows out of the batches it was recorded in."""
+    moments = recorder.moments
+    last, row = moments[-1].step, moments[-1].i
+    taken = [int(step.num_steps[i]) for _, _, step, i, _ in moments]
 
+    def answers(name: str) -> Tensor | None:
+        values = [(getattr(moment.decision, name), moment.j) for moment in moments]
+        return None if values[0][0] is None else torch.stack([value[j] for value, j in values])
 
-def _finish(recorder: _Recorder, env: VectorEnv, seeds: list[int], step, i: int, name: str) -> Trajectory:
-    stack = lambda field: None if recorder.decisions[0]._asdict()[field] is None else torch.stack(  # noqa: E731
-        [decision._asdict()[field] for decision in recorder.decisions]
-    )
+    def executed(name: str) -> Tensor:
+        return torch.cat([getattr(m.decision, name)[m.j, :n] for m, n in zip(moments, taken, strict=True)])
+
+    signals = {
+        key: torch.cat(
+            [first[None], *(m.step.chunk_signals[key][m.i, :n] for m, n in zip(moments, taken, strict=True))]
+        )
+        for key, first in recorder.first_signals.items()
+    }
     return Trajectory(
         task=env.task,
         instruction=env.instruction,
         seed=seeds[recorder.episode],
         policy=name,
-        images=torch.stack([image for image, _ in recorder.seen]),
-        state=torch.stack([state for _, state in recorder.seen]),
-        starts=torch.tensor(recorder.starts),
-        actions=torch.cat(recorder.actions),
-        labels=torch.cat(recorder.labels),
-        trace=stack("trace"),
-        logps=stack("logps"),
-        features=stack("features"),
-        final_image=step.final_obs.images[i],
-        final_state=step.final_obs.state[i],
-        signals={key: torch.stack([row[key] for row in recorder.signals]) for key in recorder.signals[0]},
-        reward=torch.cat(recorder.rewards),
-        terminated=bool(step.terminated[i]),
-        truncated=bool(step.truncated[i]),
+        images=torch.stack([moment.obs.images[moment.i] for moment in moments]),
+        state=torch.stack([moment.obs.state[moment.i] for moment in moments]),
+        starts=torch.tensor([0, *taken[:-1]]).cumsum(0),
+        actions=executed("actions"),
+        labels=executed("labels"),
+        trace=answers("trace"),
+        logps=answers("logps"),
+        features=answers("features"),
+        final_image=last.final_obs.images[row],
+        final_state=last.final_obs.state[row],
+        signals=signals,
+        reward=torch.cat([m.step.reward[m.i, :n] for m, n in zip(moments, taken, strict=True)]),
+        terminated=bool(last.terminated[row]),
+        truncated=bool(last.truncated[row]),
     )
 
 

@@ -27,7 +27,6 @@ from trl_stare.data.pairs import StagePair
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.stages import StagePlan, segment
 
-
 SIGNAL_PREFIX = "signal."
 EPISODES_PER_SHARD = 100
 PAIRS_PER_SHARD = 100_000

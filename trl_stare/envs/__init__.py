@@ -5,7 +5,6 @@ from trl_stare.envs.experts import PickAndPlaceExpert
 from trl_stare.envs.registry import SimulatedTask, get_simulated_task, register_simulated_task
 from trl_stare.envs.vector import WorkerVectorEnv, make_env
 
-
 __all__ = [
     "PickAndPlaceExpert",
     "SimulatedTask",

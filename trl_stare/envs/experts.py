@@ -13,7 +13,6 @@ from torch import Tensor
 
 from trl_stare.interfaces import Signals
 
-
 METRES_PER_UNIT = 0.1
 """`pd_ee_delta_pose` moves the Panda's TCP by at most 0.1 m per step (`pos_upper` in ManiSkill's `panda.py`)."""
 RADIANS_PER_UNIT = -0.1

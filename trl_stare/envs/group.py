@@ -14,7 +14,6 @@ from torch import Tensor
 from trl_stare.envs.maniskill import Simulator, time_limit
 from trl_stare.envs.registry import SimulatedTask
 
-
 _BOUNDS = {
     np.uint8: (0, 255),
     np.int8: (0, 1),  # booleans: Gymnasium's Box has none

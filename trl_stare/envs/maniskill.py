@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_stare.envs.control import speed_up_control
 from trl_stare.envs.registry import SimulatedTask
 from trl_stare.envs.visuals import use_visuals
 from trl_stare.envs.vulkan import select_vulkan_driver
@@ -55,12 +56,15 @@ class Simulator:
                 **task.env_kwargs,
             )
         self.env: Any = env.unwrapped
+        speed_up_control(self.env)
         self._info: dict[str, Tensor] = {}
 
     def reset(self, seeds: Sequence[int], rows: Tensor) -> None:
         """Begin new episodes in scenes `rows` (`[R]` int64), one explicit seed each."""
         options = {} if self.num_envs == 1 else {"env_idx": rows.to(self.env.device)}
         _, self._info = self.env.reset(seed=[int(seed) for seed in seeds], options=options)
+        if self._info["reconfigure"]:  # some tasks build a new agent for every episode
+            speed_up_control(self.env)
 
     def step(self, actions: Tensor) -> None:
         """One control step with `[B, A]` robot-unit actions.

@@ -11,7 +11,6 @@ from torch import Tensor
 from trl_stare.envs.experts import PickAndPlaceExpert
 from trl_stare.envs.registry import SimulatedTask, register_simulated_task
 
-
 CUBE_SIZE = 0.04
 """Edge of StackCube-v1's cubes in metres (`half_size=0.02` in ManiSkill's `stack_cube.py`)."""
 

@@ -11,7 +11,6 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-
 ICD_FOLDERS = (Path("/usr/share/vulkan/icd.d"), Path("/usr/local/share/vulkan/icd.d"), Path("/etc/vulkan/icd.d"))
 REPAIR = "sudo bash .ci/vulkan.sh"
 

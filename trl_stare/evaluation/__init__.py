@@ -8,7 +8,6 @@ from trl_stare.evaluation.report import build_results, package_versions, read_re
 from trl_stare.evaluation.statistics import McNemar, Proportion, format_rate, mcnemar_exact
 from trl_stare.evaluation.videos import Replay, record_episode, save_success_and_failure, stage_labels
 
-
 __all__ = [
     "PHASES",
     "EpisodeResult",

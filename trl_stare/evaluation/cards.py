@@ -14,7 +14,6 @@ from trl_stare.evaluation.records import PHASES, PhaseResult
 from trl_stare.evaluation.report import format_seconds, format_seeds, markdown_table, package_versions, stage_cells
 from trl_stare.evaluation.statistics import format_rate
 
-
 METHODS = {
     "imitation": "imitation of demonstrations (supervised fine-tuning).",
     "preference": "stage-wise preference optimisation (StA-TPO) of the imitation policy, on pairs of its own rollouts.",

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from trl_stare.evaluation.records import PHASES
 from trl_stare.evaluation.statistics import Proportion
 
-
 COLORS = {"imitation": "#0072B2", "preference": "#E69F00", "interaction": "#009E73"}
 """Okabe and Ito's palette: told apart by colour-blind eyes, and in grey."""
 

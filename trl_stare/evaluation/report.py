@@ -15,7 +15,6 @@ from trl_stare.evaluation.plots import History, plot_report
 from trl_stare.evaluation.records import PHASES, EpisodeResult, PhaseResult, paired, write_atomically
 from trl_stare.evaluation.statistics import format_rate, mcnemar_exact
 
-
 PACKAGES = (
     "trl_stare",
     "trl",

@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 from trl_stare.interfaces import Signals
 from trl_stare.stages import StagePlan
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -4,7 +4,6 @@ from trl_stare.policies.action_tokens import ActionBins, norm_stats
 from trl_stare.policies.tiny import StareVLAConfig, StareVLAForActionPrediction, StareVLAProcessor
 from trl_stare.policies.token_policy import TokenPolicy
 
-
 __all__ = [
     "ActionBins",
     "StareVLAConfig",

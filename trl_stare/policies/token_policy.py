@@ -14,7 +14,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_stare.interfaces import ActionEval, ActionSample, Observation
 from trl_stare.policies.action_tokens import ActionBins
-from trl_stare.policies.tiny import StareVLAConfig, StareVLAForActionPrediction, StareVLAImageProcessor, StareVLAProcessor
+from trl_stare.policies.tiny import (
+    StareVLAConfig,
+    StareVLAForActionPrediction,
+    StareVLAImageProcessor,
+    StareVLAProcessor,
+)
 from trl_stare.policies.tiny.modeling import imitation_loss
 from trl_stare.policies.tiny.processing import build_tokenizer
 

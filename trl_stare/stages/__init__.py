@@ -6,7 +6,6 @@ from trl_stare.stages.shaping import shaped_reward
 from trl_stare.stages.spec import POTENTIAL_FORMS, Stage, StagePlan
 from trl_stare.stages.tasks import get_plan, register_plan
 
-
 __all__ = [
     "POTENTIAL_FORMS",
     "Segment",

@@ -21,7 +21,6 @@ from trl_stare.interfaces import Signals
 from trl_stare.stages.check import check_names, check_shape, check_signals
 from trl_stare.stages.measures import succeeded
 
-
 POTENTIAL_FORMS = ("staged", "literal")
 """`staged` is our default, `literal` the formula as the paper states it (`StagePlan.potential`)."""
 

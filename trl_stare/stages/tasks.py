@@ -18,7 +18,6 @@ from trl_stare.stages.measures import (
 )
 from trl_stare.stages.spec import Stage, StagePlan
 
-
 LENGTH = 0.3
 """`L_k` of distances in metres: about how far apart things on the table are at first (method.md 2)."""
 LIFT_HEIGHT = 0.02

@@ -7,7 +7,6 @@ from trl_stare.trainers.stage_ppo_trainer import StagePPOTrainer
 from trl_stare.trainers.stage_sft_config import StageSFTConfig
 from trl_stare.trainers.stage_sft_trainer import StageSFTTrainer
 
-
 __all__ = [
     "StageDPOConfig",
     "StageDPOTrainer",

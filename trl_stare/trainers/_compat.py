@@ -21,7 +21,6 @@ from trl.trainer.base_trainer import _BaseTrainer
 # Switches the adapter of a PEFT model off (or to TRL's frozen copy "ref") and back: how TRL gets a reference for free.
 from trl.trainer.utils import use_adapter
 
-
 __all__ = ["_BaseConfig", "_BaseTrainer", "forward_once", "keep_forward", "restore_weights", "use_adapter"]
 
 

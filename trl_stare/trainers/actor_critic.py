@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from trl_stare.interfaces import ActionEval, Signals, VLAPolicy
 
-
 VALUE_HEAD_FILE = "value_head.safetensors"
 
 

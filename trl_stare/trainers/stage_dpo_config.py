@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from trl import DPOConfig
 
-
 OBJECTIVES = ("sta-tpo", "tpo-mean", "tpo-sum")
 """`sta-tpo` compares stages; the TPO baselines compare whole trajectories, by mean or by sum (GRAPE) of decisions."""
 

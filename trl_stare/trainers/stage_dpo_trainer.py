@@ -23,7 +23,6 @@ from trl_stare.losses import stage_preference_loss
 from trl_stare.trainers._compat import forward_once, keep_forward, restore_weights, use_adapter
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig
 
-
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 

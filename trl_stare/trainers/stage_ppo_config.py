@@ -8,7 +8,6 @@ from trl_stare.losses import RATIO_LEVELS
 from trl_stare.stages import POTENTIAL_FORMS
 from trl_stare.trainers._compat import _BaseConfig
 
-
 CRITICS = ("privileged", "hidden")
 
 
@@ -80,7 +79,7 @@ class StagePPOConfig(_BaseConfig):
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the policy."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of both learning rates."})
     logging_steps: float = field(default=1, metadata={"help": "Unused by rollout metrics, which are logged per iteration."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations in the backward pass."})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Recompute activations. Off by default."})
     bf16: bool | None = field(default=False, metadata={"help": "Train in bfloat16."})
 
     def __post_init__(self):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from trl_stare.trainers._compat import _BaseTrainer, restore_weights
 from trl_stare.trainers.actor_critic import ActorCritic, ValueHead, privileged_features
 from trl_stare.trainers.ppo_batch import advantages_and_returns, decision_rewards, executed_tokens, observations
 from trl_stare.trainers.stage_ppo_config import StagePPOConfig
+
+ROLLOUT_STATE_FILE = "rollout_state.json"
 
 
 class RolloutStream(IterableDataset):
@@ -142,7 +146,8 @@ class StagePPOTrainer(_BaseTrainer):
                 {"params": [p for p in self.model.model.parameters() if p.requires_grad]},
                 {"params": list(self.model.value_head.parameters()), "lr": self.args.value_learning_rate},
             ]
-            self.optimizer = cls(groups, **options)
+            # not left to PyTorch, whose AdamW decays by 0.01: that would move the policy also in the critic's warm-up
+            self.optimizer = cls(groups, **options, weight_decay=self.args.weight_decay)
         return self.optimizer
 
     def collect_rollout(self, iteration: int) -> list[Trajectory]:
@@ -324,7 +329,7 @@ class StagePPOTrainer(_BaseTrainer):
         """The policy as a plain checkpoint, the value head beside it."""
         folder = output_dir or self.args.output_dir
         self.accelerator.unwrap_model(self.model).save(folder)
-        torch.save(self.args, f"{folder}/training_args.bin")
+        (Path(folder) / ROLLOUT_STATE_FILE).write_text(json.dumps({"env_steps": self.env_steps}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restore policy and critic, or raise."""
@@ -333,6 +338,7 @@ class StagePPOTrainer(_BaseTrainer):
         else:
             restore_weights(self.policy.model, resume_from_checkpoint)
         self.model.load_value_head(resume_from_checkpoint)
+        self.env_steps = json.loads((Path(resume_from_checkpoint) / ROLLOUT_STATE_FILE).read_text())["env_steps"]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left to [`trl_stare.evaluation.write_model_card`]: TRL's template is about text generation."""

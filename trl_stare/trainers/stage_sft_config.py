@@ -23,7 +23,7 @@ class StageSFTConfig(SFTConfig):
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW; the small VLA's default."})
     max_length: int | None = field(default=None, metadata={"help": "Unused: a decision has a fixed number of tokens."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations in the backward pass."})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Recompute activations. Off by default."})
     bf16: bool | None = field(default=False, metadata={"help": "Train in bfloat16."})
 
     def __post_init__(self):

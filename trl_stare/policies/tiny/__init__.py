@@ -6,7 +6,6 @@ from trl_stare.policies.tiny.configuration import StareVLAConfig
 from trl_stare.policies.tiny.modeling import StareVLAForActionPrediction, StareVLAOutput
 from trl_stare.policies.tiny.processing import StareVLAImageProcessor, StareVLAProcessor
 
-
 AutoConfig.register(StareVLAConfig.model_type, StareVLAConfig)
 AutoModelForImageTextToText.register(StareVLAConfig, StareVLAForActionPrediction)
 AutoImageProcessor.register(StareVLAConfig, image_processor_classes={"pil": StareVLAImageProcessor})

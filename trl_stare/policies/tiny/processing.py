@@ -10,7 +10,6 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
-
 _VOCABULARY = """
 stack place put pick push pull lift insert move open close grasp release turn hold reach the a an and on in into onto to of at up
 down over from with left right top side red green blue yellow white black cube block ball sphere peg hole plate cup spoon carrot

@@ -1,0 +1,142 @@
+"""Real ManiSkill environments in worker processes: seeds, chunks, ends, determinism."""
+
+import pytest
+import torch
+
+from trl_stare.data import demonstrate, replay
+from trl_stare.envs import PickAndPlaceExpert, get_simulated_task, make_env
+
+TASK = "StackCube-v1"
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = make_env(TASK, num_envs=4, num_workers=2, chunk_size=3, image_size=32)
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def step_env():
+    env = make_env(TASK, num_envs=4, num_workers=2, chunk_size=1, image_size=32)
+    yield env
+    env.close()
+
+
+def random_chunks(env, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, env.num_envs, env.chunk_size, 7, generator=generator) * 2 - 1
+
+
+def test_same_seeds_and_actions_give_identical_states_and_images(env):
+    chunks = random_chunks(env, 4)
+    runs = []
+    for _ in range(2):
+        start = env.reset([11, 12, 13, 14])
+        runs.append([start, *(env.step(chunk) for chunk in chunks)])
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first.obs.images, second.obs.images) and torch.equal(first.obs.state, second.obs.state)
+        assert all(torch.equal(first.signals[name], second.signals[name]) for name in first.signals)
+
+
+def test_a_seed_gives_the_same_episode_in_every_environment(env):
+    start = env.reset([7, 7, 7, 8])
+    assert torch.equal(start.obs.images[0], start.obs.images[1]) and torch.equal(start.obs.images[0], start.obs.images[2])
+    assert not torch.equal(start.obs.images[0], start.obs.images[3])
+
+
+def test_shapes_and_types(env):
+    start = env.reset([0, 1, 2, 3])
+    step = env.step(torch.zeros(4, 3, 7))
+    assert start.obs.images.shape == (4, 32, 32, 3) and start.obs.images.dtype == torch.uint8
+    assert step.chunk_signals["object_position"].shape == (4, 3, 3) and step.chunk_signals["success"].dtype == torch.bool
+    assert step.num_steps.tolist() == [3, 3, 3, 3] and not (step.terminated | step.truncated).any()
+    for name, value in step.signals.items():
+        assert torch.equal(value, step.chunk_signals[name][:, -1])
+
+
+def test_time_limit_truncates_and_the_next_seed_begins(env):
+    """50 steps are 16 chunks of 3 and one of 2; with 5 seeds one environment plays on and three become idle."""
+    chunk = torch.zeros(4, 3, 7)
+    start = env.reset([0, 1, 2, 3, 4])
+    assert sorted(start.episode.tolist()) == [0, 1, 2, 3]
+    for _ in range(16):
+        step = env.step(chunk)
+        assert not step.truncated.any()
+    step = env.step(chunk)
+    assert step.truncated.all() and not step.terminated.any() and step.num_steps.tolist() == [2, 2, 2, 2]
+    assert sorted(step.episode.tolist()) == [-1, -1, -1, 4]
+    (row,) = torch.nonzero(step.episode == 4).flatten().tolist()
+    # `obs` belongs to the new episode, `final_obs` and `final_signals` to the one that ended
+    assert not torch.equal(step.obs.images[row], step.final_obs.images[row])
+    assert torch.equal(step.final_signals["object_position"][row], step.chunk_signals["object_position"][row, 1])
+    assert torch.equal(step.chunk_signals["object_position"][row, 1], step.chunk_signals["object_position"][row, 2])
+    fresh = env.reset([4])
+    assert torch.equal(fresh.obs.images[fresh.episode == 0][0], step.obs.images[row])
+
+
+def test_idle_environments_stay_idle(env):
+    start = env.reset([5])
+    assert start.episode.tolist().count(-1) == 3
+    step = env.step(torch.zeros(4, 3, 7))
+    assert sorted(step.num_steps.tolist()) == [0, 0, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [(torch.zeros(4, 2, 7), r"shape \(4, 3, 7\), got \(4, 2, 7\)"), (torch.full((4, 3, 7), float("nan")), "finite")],
+)
+def test_bad_actions_are_refused(env, actions, message):
+    env.reset([0, 1, 2, 3])
+    with pytest.raises(ValueError, match=message):
+        env.step(actions)
+
+
+def test_expert_demonstrates_with_and_without_mistakes(step_env):
+    expert = get_simulated_task(TASK).demonstrate
+    clean = demonstrate(step_env, expert, range(16))
+    noisy = demonstrate(step_env, expert, range(16), noise=0.1, generator=torch.Generator().manual_seed(0))
+    assert sum(trajectory.success_once for trajectory in clean) >= 15
+    assert sum(trajectory.success_once for trajectory in noisy) >= 10
+    assert all(torch.equal(trajectory.actions, trajectory.labels) for trajectory in clean)
+    mistakes = torch.cat([(t.actions != t.labels).any(dim=-1) for t in noisy]).float().mean()
+    assert 0.05 < mistakes < 0.15
+    assert [trajectory.seed for trajectory in clean] == list(range(16))
+    first = clean[0]
+    assert first.terminated and first.reward.sum() == 1 and first.signals["success"].shape == (first.num_steps + 1,)
+    again = replay(step_env, first)
+    assert torch.equal(again.images, first.images)
+
+
+@pytest.mark.slow
+def test_expert_on_a_hundred_seeds(step_env):
+    shown = demonstrate(step_env, get_simulated_task(TASK).demonstrate, range(100))
+    assert sum(trajectory.success_once for trajectory in shown) >= 95
+
+
+def test_expert_recovers_from_a_mistake_by_itself():
+    """Fingers closed beside the cube: the expert opens them, because it looks at nothing but the present."""
+    signals = {
+        "tcp_position": torch.tensor([[0.05, 0.0, 0.02]]),
+        "tcp_quaternion": torch.tensor([[0.0, 1.0, 0.0, 0.0]]),
+        "object_position": torch.tensor([[0.0, 0.0, 0.02]]),
+        "object_quaternion": torch.tensor([[1.0, 0.0, 0.0, 0.0]]),
+        "goal_position": torch.tensor([[0.1, 0.1, 0.06]]),
+        "is_grasped": torch.tensor([False]),
+    }
+    action = PickAndPlaceExpert()(signals)
+    assert action[0, 6] == 1.0 and action[0, 0] < 0 and action[0, 2] > 0  # opens, goes back, goes up first
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"task": "StackCubes-v1"}, "Did you mean 'StackCube-v1'"),
+        ({"task": TASK, "visuals": "pretty"}, "`visuals` must be one of"),
+        ({"task": TASK, "num_envs": 3, "num_workers": 2}, "multiple of `num_workers`"),
+        ({"task": TASK, "num_envs": 0}, "at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_simulation(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_env(**kwargs)

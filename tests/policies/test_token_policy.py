@@ -1,0 +1,167 @@
+"""The small VLA behind the policy protocol: bins, sampling, scoring, saving."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from trl_stare.interfaces import Observation, VLAPolicy
+from trl_stare.policies import ActionBins, TokenPolicy, norm_stats
+
+STATS = {
+    "StackCube-v1": {
+        "action": {"scale": [0.7, 0.7, 0.7, 1.0, 1.0, 1.0, 1.0]},
+        "state": {"mean": [0.0] * 8, "std": [1.0] * 8},
+    }
+}
+
+
+def make_policy(**config) -> TokenPolicy:
+    torch.manual_seed(0)
+    policy = TokenPolicy.create_tiny(STATS, image_size=32, chunk_size=2, **config)
+    policy.model.eval()
+    return policy
+
+
+def make_obs(n: int, instruction: str = "stack the red cube on the green cube", seed: int = 1) -> Observation:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return Observation(images, (instruction,) * n, torch.randn(n, 8, generator=generator))
+
+
+def test_it_keeps_the_protocol():
+    assert isinstance(make_policy(), VLAPolicy)
+
+
+@pytest.mark.parametrize(
+    ("action", "bin_index", "decoded"),
+    [(-0.7, 0, -0.7), (0.0, 2, 0.0), (0.35, 3, 0.35), (0.2, 3, 0.35), (9.0, 4, 0.7), (-0.1, 2, 0.0)],
+)
+def test_bins_by_hand(action, bin_index, decoded):
+    bins = ActionBins(torch.tensor([0.7]), num_bins=5, action_dim=1)
+    assert bins.encode(torch.tensor([[action]])).item() == bin_index
+    assert bins.decode(torch.tensor([[bin_index]])).item() == pytest.approx(decoded)
+
+
+def test_every_bin_survives_a_round_trip():
+    policy = make_policy()
+    trace = torch.arange(33)[:, None].expand(33, 14)
+    assert torch.equal(policy.encode(policy.decode(trace)), trace)
+
+
+@pytest.mark.parametrize(
+    ("scale", "num_bins", "message"),
+    [([1.0], 4, "odd"), ([1.0, 1.0], 5, "one per action dimension"), ([0.0], 5, "positive"), ([float("nan")], 5, "finite")],
+)
+def test_bad_bins_are_refused(scale, num_bins, message):
+    with pytest.raises(ValueError, match=message):
+        ActionBins(torch.tensor(scale), num_bins=num_bins, action_dim=1)
+
+
+def test_statistics_of_dimensions_that_never_move():
+    actions = torch.zeros(100, 7)
+    actions[:, 0] = torch.linspace(-0.5, 0.5, 100)
+    stats = norm_stats(actions, torch.ones(100, 8))
+    assert stats["action"]["scale"][0] == pytest.approx(0.5, abs=0.01)
+    assert stats["action"]["scale"][3] == 1.0 and stats["state"]["std"] == [1.0] * 8
+
+
+def test_unknown_statistics_list_the_known_ones():
+    policy = make_policy()
+    with pytest.raises(ValueError, match=r"\['StackCube-v1'\], got 'bridge'"):
+        TokenPolicy(policy.model, policy.processor, unnorm_key="bridge")
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_acting_and_evaluating_agree(temperature):
+    policy = make_policy()
+    inputs = policy.prepare(make_obs(5))
+    sample = policy.act(inputs, temperature=temperature, generator=torch.Generator().manual_seed(0))
+    evaluation = policy.evaluate(inputs, sample.trace, temperature=temperature)
+    torch.testing.assert_close(evaluation.logps, sample.logps, atol=1e-5, rtol=0)
+    assert sample.actions.shape == (5, 2, 7) and sample.trace.shape == (5, 14) and sample.features.shape == (5, 128)
+
+
+def test_score_is_the_likelihood_of_the_chunk():
+    policy = make_policy()
+    inputs, trace = policy.prepare(make_obs(3)), torch.randint(0, 33, (3, 14))
+    torch.testing.assert_close(policy.score(inputs, trace), policy.evaluate(inputs, trace).logps.sum(-1))
+
+
+def test_temperature_zero_takes_the_best_and_low_temperature_comes_close():
+    policy = make_policy()
+    inputs = policy.prepare(make_obs(4))
+    best = policy.act(inputs, temperature=0.0, generator=None).trace
+    cold = policy.act(inputs, temperature=1e-3, generator=torch.Generator().manual_seed(0)).trace
+    assert (best == cold).float().mean() > 0.95
+
+
+def test_rows_do_not_influence_each_other_also_when_padded():
+    policy = make_policy()
+    obs = make_obs(2)
+    mixed = Observation(obs.images, ("lift the cube", "stack the red cube on the green cube"), obs.state)
+    together = policy.model(**policy.prepare(mixed)).logits
+    alone = policy.model(**policy.prepare(Observation(obs.images[:1], ("lift the cube",), obs.state[:1]))).logits
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changed", ["images", "instructions", "state"])
+def test_every_input_matters(changed):
+    policy = make_policy()
+    obs = make_obs(1)
+    other = {"images": 255 - obs.images, "instructions": ("push the blue ball",), "state": obs.state + 1}[changed]
+    first, second = (policy.model(**policy.prepare(o)).logits for o in (obs, obs._replace(**{changed: other})))
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_words_outside_the_vocabulary_fall_back_to_bytes():
+    tokenizer = make_policy().processor.tokenizer
+    ids = tokenizer("schraubenzieher 螺丝刀", add_special_tokens=False)["input_ids"]
+    assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids).strip() == "schraubenzieher 螺丝刀"
+
+
+def test_images_of_another_size_are_resized():
+    policy = make_policy()
+    obs = make_obs(1)
+    large = obs._replace(images=obs.images.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert policy.prepare(large)["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_saving_is_exact_and_auto_classes_find_it(tmp_path):
+    policy = make_policy()
+    policy.save_pretrained(tmp_path)
+    loaded = TokenPolicy.from_pretrained(tmp_path)
+    inputs = policy.prepare(make_obs(3))
+    reloaded = loaded.prepare(make_obs(3))
+    assert all(torch.equal(inputs[name], reloaded[name]) for name in inputs)
+    assert torch.equal(policy.model(**inputs).logits, loaded.model(**reloaded).logits)
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)).__name__ == "StareVLAForActionPrediction"
+    assert type(AutoProcessor.from_pretrained(tmp_path)).__name__ == "StareVLAProcessor"
+
+
+def test_it_learns_to_see():
+    """Twelve images, twelve actions: the loss of imitating them falls by more than a factor of ten."""
+    policy = make_policy(soft_bins=0.0)
+    policy.model.train()
+    inputs, trace = policy.prepare(make_obs(12)), torch.randint(0, 33, (12, 14))
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(80):
+        loss = policy.imitation_loss(inputs, trace, torch.ones_like(trace, dtype=torch.bool))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0], losses[::20]
+
+
+def test_masked_tokens_and_weights_do_what_they_say():
+    policy = make_policy()
+    inputs, trace = policy.prepare(make_obs(2)), torch.randint(0, 33, (2, 14))
+    mask = torch.ones_like(trace, dtype=torch.bool)
+    mask[:, 7:] = False
+    changed = trace.clone()
+    changed[:, 7:] = (changed[:, 7:] + 5) % 33
+    assert policy.imitation_loss(inputs, trace, mask).item() == policy.imitation_loss(inputs, changed, mask).item()
+    first = policy.imitation_loss({k: v[:1] for k, v in inputs.items()}, trace[:1], mask[:1])
+    weighted = policy.imitation_loss(inputs, trace, mask, torch.tensor([2.0, 0.0]))
+    torch.testing.assert_close(weighted, first, atol=1e-5, rtol=1e-5)

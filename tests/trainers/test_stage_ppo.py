@@ -1,0 +1,239 @@
+"""StagePPOTrainer: a trivial environment is learned, the first ratio is 1, resuming is exact."""
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from trl_stare.data import Trajectory, play
+from trl_stare.interfaces import Observation, Start, Step
+from trl_stare.policies import TokenPolicy
+from trl_stare.stages import Stage, StagePlan
+from trl_stare.stages.measures import succeeded
+from trl_stare.trainers import StagePPOConfig, StagePPOTrainer
+from trl_stare.trainers.ppo_batch import advantages_and_returns, decision_rewards, executed_tokens
+
+STATS = {"toy": {"action": {"scale": [1.0]}, "state": {"mean": [0.0], "std": [1.0]}}}
+PLAN = StagePlan(
+    "toy",
+    (
+        Stage(name="Near", done=lambda s: s["distance"][..., 0] < 0.5, distance=lambda s: s["distance"][..., 0],
+              scale=1.0, reads=("distance",)),
+        Stage(name="Hit", done=succeeded, distance=lambda s: s["distance"][..., 0], scale=1.0, reads=("distance", "success")),
+    ),
+)  # fmt: skip
+
+
+class ToyEnv:
+    """A point at x = +-1 must come within 0.3 of 0 in six steps; an action moves it by at most 0.5."""
+
+    task, instruction, max_episode_steps, signal_names = "toy", "go to the middle", 6, ("distance", "success")
+    metadata: dict[str, Any] = {}
+
+    def __init__(self, num_envs: int = 8, chunk_size: int = 1):
+        self.num_envs, self.chunk_size = num_envs, chunk_size
+
+    def reset(self, seeds, *, ignore_terminations: bool = False) -> Start:
+        self.seeds, self.ignore = list(seeds), ignore_terminations
+        self.queue, self.episode = list(range(len(self.seeds))), torch.full((self.num_envs,), -1)
+        self.x, self.time = torch.zeros(self.num_envs), torch.zeros(self.num_envs, dtype=torch.int64)
+        for row in range(self.num_envs):
+            self._begin(row)
+        return Start(self._obs(), self._signals(), self.episode.clone())
+
+    def _begin(self, row: int) -> None:
+        self.episode[row] = self.queue.pop(0) if self.queue else -1
+        self.x[row] = 1.0 if self.episode[row] >= 0 and self.seeds[self.episode[row]] % 2 else -1.0
+        self.time[row] = 0
+
+    def _obs(self) -> Observation:
+        images = torch.zeros(self.num_envs, 16, 16, 3, dtype=torch.uint8)
+        return Observation(images, (self.instruction,) * self.num_envs, self.x[:, None].clone())
+
+    def _signals(self) -> dict[str, Tensor]:
+        return {"distance": self.x.abs()[:, None].clone(), "success": self.x.abs() < 0.3}
+
+    def step(self, actions: Tensor) -> Step:
+        alive = self.episode >= 0
+        rows, reward, taken = [], torch.zeros(self.num_envs, self.chunk_size), torch.zeros(self.num_envs, dtype=torch.int64)
+        terminated, truncated = torch.zeros_like(alive), torch.zeros_like(alive)
+        for c in range(self.chunk_size):
+            self.x = torch.where(alive, self.x + 0.5 * actions[:, c, 0].clamp(-1, 1), self.x)
+            self.time, taken = self.time + alive, taken + alive
+            signals = self._signals()
+            reward[:, c] = (signals["success"] & alive).float()
+            rows.append(signals)
+            terminated |= signals["success"] & alive & (not self.ignore)
+            truncated |= alive & ~terminated & (self.time >= self.max_episode_steps)
+            alive = alive & ~terminated & ~truncated
+        chunk = {name: torch.stack([row[name] for row in rows], dim=1) for name in self.signal_names}
+        final_obs, final = self._obs(), self._signals()
+        for row in torch.nonzero(terminated | truncated).flatten().tolist():
+            self._begin(row)
+        return Step(self._obs(), self._signals(), self.episode.clone(), chunk, reward, taken, terminated, truncated,
+                    final_obs, final)  # fmt: skip
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def make_policy(chunk_size: int = 1) -> TokenPolicy:
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return TokenPolicy.create_tiny(
+        STATS, image_size=16, chunk_size=chunk_size, action_dim=1, num_bins=5, state_size=1, conv_channels=[8, 8, 8],
+        readout_channels=4, text_config=text | {"intermediate_size": 32},
+    )  # fmt: skip
+
+
+def make_trainer(folder, chunk_size: int = 1, policy: TokenPolicy | None = None, **config) -> StagePPOTrainer:
+    options = {
+        "num_train_epochs": 2, "episodes_per_iteration": 16, "num_minibatches": 2, "num_ppo_epochs": 2, "use_cpu": True,
+        "learning_rate": 3e-3, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 4,
+    }  # fmt: skip
+    args = StagePPOConfig(str(folder), **(options | config))
+    env = ToyEnv(chunk_size=chunk_size)
+    return StagePPOTrainer(policy or make_policy(chunk_size), args, env, PLAN, Dataset.from_dict({"seed": list(range(999))}))
+
+
+def success(policy: TokenPolicy) -> float:
+    policy.model.eval()
+    generator = torch.Generator().manual_seed(5)
+    shown = play(ToyEnv(), policy, range(200), temperature=1.0, generator=generator)
+    return sum(trajectory.success_once for trajectory in shown) / len(shown)
+
+
+def make_trajectory(rewards: list[float], starts: list[int], terminated: bool) -> Trajectory:
+    steps = len(rewards)
+    distance = torch.linspace(1.0, 0.0, steps + 1)[:, None]
+    solved = torch.zeros(steps + 1, dtype=torch.bool)
+    solved[-1] = terminated
+    return Trajectory(
+        task="toy", instruction="", seed=0, policy="", images=torch.zeros(len(starts), 1, 1, 3), starts=torch.tensor(starts),
+        state=torch.zeros(len(starts), 1), actions=torch.zeros(steps, 1), labels=torch.zeros(steps, 1), trace=None,
+        logps=None, features=None, final_image=torch.zeros(1, 1, 3), final_state=torch.zeros(1),
+        signals={"distance": distance, "success": solved}, reward=torch.tensor(rewards), terminated=terminated,
+        truncated=not terminated,
+    )  # fmt: skip
+
+
+def test_rewards_of_chunks_by_hand():
+    """Steps 0-2 and 3-4 with gamma 0.5: the reward of 1 at step 4 is the second of its chunk."""
+    trajectory = make_trajectory([0.0, 0.0, 2.0, 0.0, 1.0], [0, 3], terminated=True)
+    rewards = decision_rewards(trajectory, PLAN, gamma=0.5, weight=0.0, form="staged")
+    assert rewards.raw.tolist() == [0.5, 0.5] and rewards.discount.tolist() == [0.125, 0.25]
+
+
+@pytest.mark.parametrize("terminated", [True, False])
+def test_shaping_of_decisions_telescopes(terminated):
+    trajectory = make_trajectory([0.0] * 4 + [1.0], [0, 3], terminated=terminated)
+    rewards = decision_rewards(trajectory, PLAN, gamma=0.9, weight=1.0, form="staged")
+    shaping = rewards.shaped - rewards.raw
+    total = shaping[0] + rewards.discount[0] * shaping[1]
+    potential = PLAN.potential(trajectory.signals)
+    expected = (0.0 if terminated else 0.9**5 * potential[-1]) - potential[0]
+    assert total.item() == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_advantages_of_ragged_episodes_by_hand():
+    """gamma 1, lambda 1: returns are sums; a truncated end bootstraps only if it is asked to."""
+    short, long = make_trajectory([1.0], [0], True), make_trajectory([0.0, 0.0], [0, 1], False)
+    rewards = [decision_rewards(t, PLAN, gamma=1.0, weight=0.0, form="staged") for t in (short, long)]
+    values, final = torch.tensor([0.2, 0.4, 0.6]), torch.tensor([9.0, 0.5])
+    for bootstrap, expected in ((True, [1.0, 0.5, 0.5]), (False, [1.0, 0.0, 0.0])):
+        advantages, returns = advantages_and_returns(
+            [short, long], rewards, values, final, gae_lambda=1.0, bootstrap_on_truncation=bootstrap
+        )
+        torch.testing.assert_close(returns, torch.tensor(expected))
+        torch.testing.assert_close(advantages, torch.tensor(expected) - values)
+
+
+def test_tokens_of_steps_that_were_not_executed_are_masked():
+    """Three decisions of up to 2 steps with 2 values each; the last episode step is the first of its chunk."""
+    mask = executed_tokens(make_trajectory([0.0] * 5, [0, 2, 4], True), num_tokens=4, chunk_size=2)
+    assert mask.tolist() == [[True] * 4, [True] * 4, [True, True, False, False]]
+
+
+@pytest.mark.parametrize("critic", ["privileged", "hidden"])
+def test_a_trivial_environment_is_learned(tmp_path, critic):
+    policy = make_policy()
+    before = success(policy)
+    trainer = make_trainer(tmp_path, policy=policy, critic=critic, num_train_epochs=12, episodes_per_iteration=64,
+                           num_minibatches=4, num_ppo_epochs=4, target_kl=0.05)  # fmt: skip
+    trainer.train()
+    after = success(policy)
+    assert after > 0.9 and after > before + 0.1, (before, after)
+
+
+def test_the_first_update_has_ratio_one_and_the_warm_up_leaves_the_policy_alone(tmp_path):
+    policy = make_policy()
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    trainer = make_trainer(tmp_path, policy=policy, num_train_epochs=1, logging_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["policy/largest_ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
+    assert trainer.model.value_head.layers[-1].weight.abs().sum() > 0
+
+
+def test_plain_ppo_sees_no_shaping(tmp_path):
+    rewards = {}
+    for stage_aware in (True, False):
+        trainer = make_trainer(tmp_path, stage_aware=stage_aware, num_train_epochs=1)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        rewards[stage_aware] = (log["rollout/reward_raw"], log["rollout/reward_shaped"])
+    assert rewards[False][0] == rewards[False][1] == rewards[True][0] and rewards[True][0] != rewards[True][1]
+
+
+def test_target_kl_stops_the_policy(tmp_path):
+    trainer = make_trainer(tmp_path, target_kl=1e-9, value_warmup_iterations=0, num_train_epochs=1, logging_steps=1)
+    trainer.train()
+    updated = [log["policy/updated"] for log in trainer.state.log_history if "policy/updated" in log]
+    assert updated == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_resuming_at_a_rollout_boundary_is_exact(tmp_path):
+    whole = make_trainer(tmp_path / "whole", num_train_epochs=3)
+    whole.train()
+    make_trainer(tmp_path / "cut", num_train_epochs=3, max_steps=8, save_strategy="steps", save_steps=4).train()
+    resumed = make_trainer(tmp_path / "cut", num_train_epochs=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-8"))
+    assert resumed.env_steps == whole.env_steps
+    for (name, first), second in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(first, second), name
+
+
+def test_the_checkpoint_is_a_plain_policy_folder_and_the_critic_lies_beside_it(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final" / "value_head.safetensors").is_file()
+    loaded = TokenPolicy.from_pretrained(tmp_path / "final")
+    for name, value in trainer.policy.model.state_dict().items():
+        assert torch.equal(value, loaded.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"gamma": 1.5}, "`gamma` must be in"),
+        ({"ratio_level": "word"}, "`ratio_level` must be one of"),
+        ({"critic": "oracle"}, "`critic` must be one of"),
+        ({"temperature": 0.0}, "`temperature` must be positive"),
+        ({"potential_form": "linear"}, "`potential_form` must be one of"),
+        ({"critic": "hidden", "bootstrap_on_truncation": False}, "needs a critic that knows the time"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        StagePPOConfig(str(tmp_path), **config)
+
+
+def test_a_plan_that_reads_what_is_not_there_is_refused(tmp_path):
+    stage = Stage(name="Fly", done=lambda s: s["wings"], distance=lambda s: s["wings"], scale=1.0, reads=("wings",))
+    plan = StagePlan("toy", (stage, PLAN.stages[1]))
+    with pytest.raises(ValueError, match="wings"):
+        StagePPOTrainer(make_policy(), StagePPOConfig(str(tmp_path), use_cpu=True, report_to="none"), ToyEnv(), plan,
+                        Dataset.from_dict({"seed": [0]}))  # fmt: skip
