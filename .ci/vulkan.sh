@@ -6,7 +6,7 @@ set -euo pipefail
 libraries=(libvulkan1 libegl1 libgl1 libxext6 libx11-6 libglib2.0-0)
 mesa=mesa-vulkan-drivers
 
-has_nvidia() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
+has_nvidia() { [ -e /dev/nvidiactl ] || { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; }
 has_lavapipe() { compgen -G '/usr/share/vulkan/icd.d/lvp_icd*.json' >/dev/null && mesa_is_new_enough; }
 # SAPIEN 3.0 needs Vulkan features that Debian 12's own Mesa (22.3) lacks; 24.3 and newer have them.
 mesa_is_new_enough() {

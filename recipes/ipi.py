@@ -85,7 +85,9 @@ class IPIArguments:
     rollouts_per_start: int = field(default=6, metadata={"help": "Episodes per initial state."})
     max_pairs_per_start: int = field(default=4, metadata={"help": "Most pairs of a stage from one initial state."})
     min_cost_gap: float = field(default=0.02, metadata={"help": "Smallest cost difference that makes a pair."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of all phases, also in evaluation."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature of all phases, also in evaluation."}
+    )
     eval_episodes: int = field(default=300, metadata={"help": "Held-out episodes that each phase is evaluated on."})
     num_envs: int = field(default=16, metadata={"help": "Environments, over all worker processes."})
     num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default one per core."})
@@ -124,14 +126,21 @@ def main(args: IPIArguments) -> None:
 
     began = time.perf_counter()
     make = lambda **options: make_env(  # noqa: E731
-        args.task, args.num_envs, num_workers=args.num_workers, image_size=args.image_size, visuals=args.visuals, **options
+        args.task,
+        args.num_envs,
+        num_workers=args.num_workers,
+        image_size=args.image_size,
+        visuals=args.visuals,
+        **options,
     )
     checkpoint = args.init_checkpoint
     if "imitation" in configs and not phase_file(args, "imitation").exists():
         env = make(chunk_size=1)
         timed("start simulators", began)
         began = time.perf_counter()
-        demonstrations = collect_demonstrations(args, env, simulated.demonstrate, plan, out / "data" / "demonstrations")
+        demonstrations = collect_demonstrations(
+            args, env, simulated.demonstrate, plan, out / "data" / "demonstrations"
+        )
         env.close()
         timed("collect demonstrations", began)
 
@@ -190,7 +199,12 @@ def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any
         with tqdm(total=len(seeds), desc="rollouts", unit="episode") as bar:
             generator = torch.Generator().manual_seed(args.seed)
             rollouts = play(
-                env, policy, seeds, temperature=args.temperature, generator=generator, on_episode=lambda _: bar.update()
+                env,
+                policy,
+                seeds,
+                temperature=args.temperature,
+                generator=generator,
+                on_episode=lambda _: bar.update(),
             )
         save_trajectories(rollouts, folder, plan, metadata=env.metadata)
     PartialState().wait_for_everyone()
@@ -238,7 +252,9 @@ def collect_demonstrations(args: IPIArguments, env: Any, expert: Any, plan: Any,
                 )  # fmt: skip
                 kept += [trajectory for trajectory in shown if trajectory.success_once]
                 if seed - DEMO_SEEDS > 20 * args.num_demonstrations + 100:
-                    raise RuntimeError(f"only {len(kept)} of {seed - DEMO_SEEDS} demonstrations succeeded. Lower the noise.")
+                    raise RuntimeError(
+                        f"only {len(kept)} of {seed - DEMO_SEEDS} demonstrations succeeded. Lower the noise."
+                    )
         save_trajectories(kept[: args.num_demonstrations], folder, plan, metadata=env.metadata)
     PartialState().wait_for_everyone()
     return load_trajectories(folder)
@@ -292,7 +308,9 @@ def film(args: IPIArguments, env: Any, plan: Any) -> None:
     for phase in missing:
         policy = load_policy(args, str(Path(args.output_dir) / phase))
         generator = torch.Generator().manual_seed(args.seed)
-        shown = play(env, policy, range(VIDEO_SEEDS, VIDEO_SEEDS + 32), temperature=args.temperature, generator=generator)
+        shown = play(
+            env, policy, range(VIDEO_SEEDS, VIDEO_SEEDS + 32), temperature=args.temperature, generator=generator
+        )
         chosen = [next((t for t in shown if t.success_once == wanted), None) for wanted in (True, False)]
         replays = []
         for trajectory in filter(None, chosen):
@@ -308,7 +326,9 @@ def report(args: IPIArguments, timing: dict[str, float]) -> None:
     if not PartialState().is_main_process:
         return
     out = Path(args.output_dir)
-    done = {phase: json.loads(phase_file(args, phase).read_text()) for phase in PHASES if phase_file(args, phase).exists()}
+    done = {
+        phase: json.loads(phase_file(args, phase).read_text()) for phase in PHASES if phase_file(args, phase).exists()
+    }
     metadata = next(iter(done.values()))["result"]["metadata"]
     phases = {phase: record["result"] for phase, record in done.items()}
     results = build_results(task=args.task, seed=args.seed, visuals=metadata["visuals"], phases=phases)
@@ -355,7 +375,9 @@ def prepare_output(args: IPIArguments) -> Path:
     if file.exists():
         before = yaml.safe_load(file.read_text())
         changed = sorted(
-            key for key in given if before.get(key) != given[key] and key not in ("phases", "init_checkpoint", "output_dir")
+            key
+            for key in given
+            if before.get(key) != given[key] and key not in ("phases", "init_checkpoint", "output_dir")
         )
         if changed:
             raise ValueError(
@@ -372,7 +394,9 @@ def parse() -> IPIArguments:
     for flag, value in zip(rest[::2], rest[1::2], strict=len(rest) % 2 == 0):
         section, _, name = flag.removeprefix("--").partition(".")
         if section not in (*PHASES, "policy") or not name:
-            raise ValueError(f"unknown flag {flag!r}. Fields of a phase are given as --interaction.learning_rate 3e-4.")
+            raise ValueError(
+                f"unknown flag {flag!r}. Fields of a phase are given as --interaction.learning_rate 3e-4."
+            )
         getattr(args, section)[name] = yaml.safe_load(value)
     return args
 

@@ -26,7 +26,8 @@ def test_euler_angles_by_hand(angles, quaternion):
 def test_targets_and_motion_agree_with_maniskill():
     """Random actions, also beyond the limits: joint targets within 1e-5 rad, the hand within 1e-5 m after 30 steps."""
     fast, stock = (
-        Simulator(get_simulated_task("StackCube-v1"), num_envs=1, image_size=32, visuals="light", device="cpu") for _ in range(2)
+        Simulator(get_simulated_task("StackCube-v1"), num_envs=1, image_size=32, visuals="light", device="cpu")
+        for _ in range(2)
     )
     arms = [simulator.env.agent.controller.controllers["arm"] for simulator in (fast, stock)]
     assert speed_up_control(fast.env)

@@ -41,7 +41,9 @@ def test_same_seeds_and_actions_give_identical_states_and_images(env):
 
 def test_a_seed_gives_the_same_episode_in_every_environment(env):
     start = env.reset([7, 7, 7, 8])
-    assert torch.equal(start.obs.images[0], start.obs.images[1]) and torch.equal(start.obs.images[0], start.obs.images[2])
+    assert torch.equal(start.obs.images[0], start.obs.images[1]) and torch.equal(
+        start.obs.images[0], start.obs.images[2]
+    )
     assert not torch.equal(start.obs.images[0], start.obs.images[3])
 
 
@@ -49,7 +51,9 @@ def test_shapes_and_types(env):
     start = env.reset([0, 1, 2, 3])
     step = env.step(torch.zeros(4, 3, 7))
     assert start.obs.images.shape == (4, 32, 32, 3) and start.obs.images.dtype == torch.uint8
-    assert step.chunk_signals["object_position"].shape == (4, 3, 3) and step.chunk_signals["success"].dtype == torch.bool
+    assert (
+        step.chunk_signals["object_position"].shape == (4, 3, 3) and step.chunk_signals["success"].dtype == torch.bool
+    )
     assert step.num_steps.tolist() == [3, 3, 3, 3] and not (step.terminated | step.truncated).any()
     for name, value in step.signals.items():
         assert torch.equal(value, step.chunk_signals[name][:, -1])

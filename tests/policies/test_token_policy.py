@@ -50,7 +50,12 @@ def test_every_bin_survives_a_round_trip():
 
 @pytest.mark.parametrize(
     ("scale", "num_bins", "message"),
-    [([1.0], 4, "odd"), ([1.0, 1.0], 5, "one per action dimension"), ([0.0], 5, "positive"), ([float("nan")], 5, "finite")],
+    [
+        ([1.0], 4, "odd"),
+        ([1.0, 1.0], 5, "one per action dimension"),
+        ([0.0], 5, "positive"),
+        ([float("nan")], 5, "finite"),
+    ],
 )
 def test_bad_bins_are_refused(scale, num_bins, message):
     with pytest.raises(ValueError, match=message):

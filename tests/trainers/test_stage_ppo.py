@@ -57,7 +57,11 @@ class ToyEnv:
 
     def step(self, actions: Tensor) -> Step:
         alive = self.episode >= 0
-        rows, reward, taken = [], torch.zeros(self.num_envs, self.chunk_size), torch.zeros(self.num_envs, dtype=torch.int64)
+        rows, reward, taken = (
+            [],
+            torch.zeros(self.num_envs, self.chunk_size),
+            torch.zeros(self.num_envs, dtype=torch.int64),
+        )
         terminated, truncated = torch.zeros_like(alive), torch.zeros_like(alive)
         for c in range(self.chunk_size):
             self.x = torch.where(alive, self.x + 0.5 * actions[:, c, 0].clamp(-1, 1), self.x)
@@ -95,7 +99,9 @@ def make_trainer(folder, chunk_size: int = 1, policy: TokenPolicy | None = None,
     }  # fmt: skip
     args = StagePPOConfig(str(folder), **(options | config))
     env = ToyEnv(chunk_size=chunk_size)
-    return StagePPOTrainer(policy or make_policy(chunk_size), args, env, PLAN, Dataset.from_dict({"seed": list(range(999))}))
+    return StagePPOTrainer(
+        policy or make_policy(chunk_size), args, env, PLAN, Dataset.from_dict({"seed": list(range(999))})
+    )
 
 
 def success(policy: TokenPolicy) -> float:
@@ -201,7 +207,9 @@ def test_resuming_at_a_rollout_boundary_is_exact(tmp_path):
     resumed = make_trainer(tmp_path / "cut", num_train_epochs=3)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-8"))
     assert resumed.env_steps == whole.env_steps
-    for (name, first), second in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+    for (name, first), second in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
         assert torch.equal(first, second), name
 
 

@@ -29,7 +29,9 @@ def demonstration_dataset(trajectories: Sequence[Trajectory], plan: StagePlan) -
         if stage >= 0
     ]
     if not rows:
-        raise ValueError(f"`trajectories` must hold a demonstration of {plan.task}, got {len(trajectories)} with no decision.")
+        raise ValueError(
+            f"`trajectories` must hold a demonstration of {plan.task}, got {len(trajectories)} with no decision."
+        )
     counts = torch.bincount(torch.tensor([row["stage"] for row in rows]), minlength=len(plan))
     present = int((counts > 0).sum())
     for row in rows:

@@ -150,7 +150,9 @@ def replay(env: VectorEnv, trajectory: Trajectory) -> Trajectory:
     again = collect(env, act, [trajectory.seed], name=trajectory.policy, ignore_terminations=ignore)[0]
     for name, value in trajectory.signals.items():
         if not torch.equal(value, again.signals[name]):
-            raise ValueError(f"`env` must repeat the episode of seed {trajectory.seed}, got another {name!r}. Use its backend.")
+            raise ValueError(
+                f"`env` must repeat the episode of seed {trajectory.seed}, got another {name!r}. Use its backend."
+            )
     return again
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 SUPPORTED_FRAME = "root_translation:root_aligned_body_rotation"
 
 
@@ -57,7 +56,11 @@ def _set_action(self: Any, action: Tensor) -> None:
     kinematics = self.kinematics
     joints = self.articulation._objs[0].qpos[_indices(kinematics.pmodel_active_joint_indices)]
     result, success, _ = kinematics.pmodel.compute_inverse_kinematics(
-        kinematics.end_link_idx, target, initial_qpos=joints, active_qmask=_indices(kinematics.qmask), max_iterations=100
+        kinematics.end_link_idx,
+        target,
+        initial_qpos=joints,
+        active_qmask=_indices(kinematics.qmask),
+        max_iterations=100,
     )
     if success:
         found = result[_indices(kinematics.pmodel_controlled_joint_indices)]

@@ -68,7 +68,9 @@ class PickAndPlaceExpert:
         sideways = (obj - tcp)[:, :2].norm(dim=-1)
         above = torch.where(sideways > self.near, self.hover, 0.0)
         # come down gradually while still closing in, so that no time is lost standing still
-        above = torch.where(sideways < 2 * self.near, (sideways - self.near).clamp(min=0) / self.near * self.hover, above)
+        above = torch.where(
+            sideways < 2 * self.near, (sideways - self.near).clamp(min=0) / self.near * self.hover, above
+        )
         return obj + torch.stack([torch.zeros_like(above), torch.zeros_like(above), above], dim=-1)
 
     def _carry(self, tcp: Tensor, obj: Tensor, goal: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ class EpisodeGroup(gym.Env):
         rank: int,
         world_size: int,
     ):
-        torch.set_num_threads(1)  # the workers share the cores: https://pytorch.org/docs/stable/notes/multiprocessing.html
+        torch.set_num_threads(
+            1
+        )  # the workers share the cores: https://pytorch.org/docs/stable/notes/multiprocessing.html
         batch = num_envs if device == "cuda" else 1
         self._make = partial(Simulator, task, num_envs=batch, image_size=image_size, visuals=visuals, device=device)
         self.simulators: list[Simulator] = []
@@ -156,7 +158,9 @@ class EpisodeGroup(gym.Env):
     def _write_chunk_signals(self, rows: Tensor, c: int, signals: dict[str, Tensor]) -> None:
         """Signals after step `c`; later steps repeat it until they are overwritten."""
         for name, value in signals.items():
-            self.record[f"chunk_signals/{name}"][rows, c:] = value.to(self.record[f"chunk_signals/{name}"].dtype)[:, None]
+            self.record[f"chunk_signals/{name}"][rows, c:] = value.to(self.record[f"chunk_signals/{name}"].dtype)[
+                :, None
+            ]
 
 
 def record_space(task: SimulatedTask, num_envs: int, chunk_size: int, image_size: int) -> gym.spaces.Dict:

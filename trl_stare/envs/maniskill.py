@@ -39,9 +39,9 @@ class Simulator:
         import gymnasium as gym
         import mani_skill.envs  # noqa: F401  (registers the environments)
 
-        self.task, self.num_envs = task, num_envs
+        self.task, self.num_envs, self.visuals = task, num_envs, visuals
         cuda = device == "cuda"
-        with use_visuals(visuals):
+        with use_visuals(visuals, task.robot):
             env = gym.make(
                 task.env_id,
                 num_envs=num_envs,
@@ -62,7 +62,8 @@ class Simulator:
     def reset(self, seeds: Sequence[int], rows: Tensor) -> None:
         """Begin new episodes in scenes `rows` (`[R]` int64), one explicit seed each."""
         options = {} if self.num_envs == 1 else {"env_idx": rows.to(self.env.device)}
-        _, self._info = self.env.reset(seed=[int(seed) for seed in seeds], options=options)
+        with use_visuals(self.visuals, self.task.robot):  # a reset may build the scene anew
+            _, self._info = self.env.reset(seed=[int(seed) for seed in seeds], options=options)
         if self._info["reconfigure"]:  # some tasks build a new agent for every episode
             speed_up_control(self.env)
 

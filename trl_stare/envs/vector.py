@@ -166,7 +166,9 @@ class WorkerVectorEnv:
 
     def _flatten(self, record: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """`[workers, N / workers, ...]` shared arrays -> `[N, ...]` tensors of our own."""
-        tensors = {name: torch.from_numpy(array.reshape(-1, *array.shape[2:]).copy()) for name, array in record.items()}
+        tensors = {
+            name: torch.from_numpy(array.reshape(-1, *array.shape[2:]).copy()) for name, array in record.items()
+        }
         return {name: value.bool() if value.dtype == torch.int8 else value for name, value in tensors.items()}
 
     def _observation(self, record: dict[str, Tensor], prefix: str = "") -> Observation:

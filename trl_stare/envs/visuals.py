@@ -115,7 +115,9 @@ def _build_light_urdf(urdf: Path, folder: Path, ratio: float) -> None:
         source = _mesh_path(urdf, mesh)
         if source not in names:
             names[source] = f"{len(names):02d}_{source.stem}.glb"
-            (folder / names[source]).write_bytes(_light_scene(source, ratio).export(file_type="glb", include_normals=True))
+            (folder / names[source]).write_bytes(
+                _light_scene(source, ratio).export(file_type="glb", include_normals=True)
+            )
         mesh.set("filename", names[source])
     tree.write(folder / urdf.name, encoding="utf-8", xml_declaration=True)
     # SAPIEN looks for the SRDF (which links may touch: physics!) beside the URDF
@@ -170,7 +172,9 @@ def _light_ground(scene: Any, floor_width: int = 100, floor_length: int | None =
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     xy = corners * np.array([floor_width, floor_length or floor_width]) / 2
     square = kwargs.get("texture_square_len", 4)
-    vertices = np.concatenate([xy + kwargs.get("xy_origin", (0, 0)), np.full((4, 1), kwargs.get("altitude", 0))], axis=1)
+    vertices = np.concatenate(
+        [xy + kwargs.get("xy_origin", (0, 0)), np.full((4, 1), kwargs.get("altitude", 0))], axis=1
+    )
     for entity in actor._objs:
         tile = entity.find_component_by_type(sapien.render.RenderBodyComponent)
         quad = sapien.render.RenderShapeTriangleMesh(
@@ -239,3 +243,12 @@ def _set_until_exit(stack: contextlib.ExitStack, target: Any, name: str, value: 
 def use_visuals(visuals: str, robot_uid: str = "panda") -> contextlib.AbstractContextManager[None]:
     """The context to make an environment in: [`light_visuals`] for `"light"`, one that does nothing for `"stock"`."""
     return light_visuals(robot_uid) if resolve_visuals(visuals, "cpu") == "light" else contextlib.nullcontext()
+
+
+def warm_up(robot_uid: str = "panda") -> Path:
+    """Fill the cache for a robot, so that no first run waits (set-up calls this). Returns the cache's folder."""
+    from trl_stare.envs.vulkan import select_vulkan_driver
+
+    select_vulkan_driver()
+    with light_visuals(robot_uid):
+        return cache_folder()

@@ -29,7 +29,8 @@ class VulkanDriver(NamedTuple):
 
 def has_nvidia_driver() -> bool:
     """Whether an NVIDIA driver with at least one GPU answers."""
-    if Path("/proc/driver/nvidia/version").exists():
+    # not /proc/driver/nvidia: a container sees its host's, also where the GPU was not handed to it
+    if Path("/dev/nvidiactl").exists():
         return True
     if shutil.which("nvidia-smi") is None:
         return False

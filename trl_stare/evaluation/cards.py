@@ -82,7 +82,9 @@ def write_model_card(
         raise ValueError(f"`phase` must be one of {', '.join(PHASES)}, got {phase!r}.")
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"`folder` must be the folder of a checkpoint, got {str(folder)!r}. Save the model first.")
+        raise FileNotFoundError(
+            f"`folder` must be the folder of a checkpoint, got {str(folder)!r}. Save the model first."
+        )
     evaluation = result.to_dict() if isinstance(result, PhaseResult) else result
     model_name = model_name or f"{task}-{phase}"
     card = ModelCard.from_template(

@@ -33,7 +33,7 @@ def plot_report(
             `rewards/accuracies` (preference), `rollout/success_once` over `rollout/env_steps` (interaction). A phase without a
             history gets a panel that says so.
         path (`str`): the PNG.
-        title (`str`, *optional*): heading; the task by default.
+        title (`str`, *optional*): heading; the task and its phases by default.
 
     Raises:
         ValueError: if `results` holds no phase, or one that is not among `PHASES`.
@@ -42,12 +42,12 @@ def plot_report(
     if not phases:
         raise ValueError('`results["phases"]` must hold at least one phase, got none. Evaluate a checkpoint first.')
     if unknown := set(phases) - set(PHASES):
-        raise ValueError(f"`results[\"phases\"]` must be among {', '.join(PHASES)}, got {', '.join(sorted(unknown))}.")
+        raise ValueError(f'`results["phases"]` must be among {", ".join(PHASES)}, got {", ".join(sorted(unknown))}.')
 
     figure = Figure(figsize=(7, 11), layout="constrained")
     figure.get_layout_engine().set(hspace=0.04, wspace=0.04)
     panels = figure.subplot_mosaic([["success"] * 2, ["funnel"] * 2, ["imitation", "preference"], ["interaction"] * 2])
-    figure.suptitle(title or f"{results['task']}: imitation, preference, interaction", fontsize=14, weight="bold")
+    figure.suptitle(title or f"{results['task']}: {', '.join(phases)}", fontsize=14, weight="bold")
     _plot_success(panels["success"], phases)
     _plot_funnel(panels["funnel"], phases)
     curves: dict[str, Callable[[Axes, History], None]] = {

@@ -112,7 +112,8 @@ def write_report(
         results (`Mapping`): the content of `results.json`.
         histories (`Mapping[str, History]`): phase -> `trainer.state.log_history` (see [`plot_report`]).
         episodes (`Mapping[str, Sequence[EpisodeResult]]`): phase -> its evaluation's rows, for the paired tests.
-        pair_yield (`Mapping[str, Mapping[str, int]]`, *optional*): stage name -> counts by name, e.g. `{"Grasp": {"pairs": 61}}`.
+        pair_yield (`Mapping[str, Mapping[str, int]]`, *optional*): stage name -> outcome -> how many
+            pairs of episodes (`PairSet.yield_table`).
         timing (`Mapping[str, float]`, *optional*): part of the run -> seconds.
         notes (`Iterable[str]`): sentences under "How it was produced": the command, the number of demonstrations and why.
 
@@ -231,7 +232,7 @@ def _stage_table(phases: Mapping[str, Any]) -> str:
 def _yield_table(pair_yield: Mapping[str, Mapping[str, int]]) -> str:
     columns = list(dict.fromkeys(column for counts in pair_yield.values() for column in counts))
     rows = [(stage, *(counts.get(column, 0) for column in columns)) for stage, counts in pair_yield.items()]
-    return markdown_table(("stage", *columns), rows)
+    return markdown_table(("stage", *(column.replace("_", " ") for column in columns)), rows)
 
 
 def _video_list(output_dir: Path, phases: Mapping[str, Any]) -> str:
@@ -271,4 +272,6 @@ def _check(results: Mapping[str, Any]) -> None:
 def _check_fields(name: str, given: Mapping[str, Any], fields: Iterable[str]) -> None:
     """Raise unless all `fields` are there."""
     if missing := [field for field in fields if field not in given]:
-        raise ValueError(f"`{name}` must hold {', '.join(fields)}; {', '.join(missing)} is missing. Use `build_results`.")
+        raise ValueError(
+            f"`{name}` must hold {', '.join(fields)}; {', '.join(missing)} is missing. Use `build_results`."
+        )

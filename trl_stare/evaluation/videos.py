@@ -107,6 +107,10 @@ def _caption(frame: np.ndarray, label: str, shape: tuple[int, int]) -> np.ndarra
     box = (0, 0, *strip.size)
     image.paste(Image.blend(image.crop(box), strip, 0.6), box)
     ImageDraw.Draw(image).text(
-        (text_height // 2, text_height), label, fill=(255, 255, 255), font=ImageFont.load_default(text_height), anchor="lm"
+        (text_height // 2, text_height),
+        label,
+        fill=(255, 255, 255),
+        font=ImageFont.load_default(text_height),
+        anchor="lm",
     )
     return np.asarray(image)

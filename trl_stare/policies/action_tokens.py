@@ -26,7 +26,9 @@ class ActionBins:
         if scale.shape != (action_dim,):
             raise ValueError(f"`scale` must hold {action_dim} values, one per action dimension, got {scale.tolist()}.")
         if not (torch.isfinite(scale).all() and (scale > 0).all()):
-            raise ValueError(f"`scale` must be finite and positive, got {scale.tolist()}. Compute it from demonstrations.")
+            raise ValueError(
+                f"`scale` must be finite and positive, got {scale.tolist()}. Compute it from demonstrations."
+            )
         self.scale, self.num_bins, self.half = scale.float(), num_bins, num_bins // 2
 
     def encode(self, actions: Tensor) -> Tensor:

@@ -46,7 +46,9 @@ class TokenPolicy:
         self.unnorm_key = unnorm_key
         self.chunk_size, self.action_dim = config.chunk_size, config.action_dim
         self.bins = ActionBins(
-            scale=torch.tensor(stats[unnorm_key]["action"]["scale"]), num_bins=config.num_bins, action_dim=config.action_dim
+            scale=torch.tensor(stats[unnorm_key]["action"]["scale"]),
+            num_bins=config.num_bins,
+            action_dim=config.action_dim,
         )
         self.state_mean = torch.tensor(stats[unnorm_key]["state"]["mean"])
         self.state_std = torch.tensor(stats[unnorm_key]["state"]["std"])
@@ -65,7 +67,13 @@ class TokenPolicy:
 
     @classmethod
     def create_tiny(
-        cls, norm_stats: dict[str, Any], *, image_size: int = 64, chunk_size: int = 4, action_dim: int = 7, **config: Any
+        cls,
+        norm_stats: dict[str, Any],
+        *,
+        image_size: int = 64,
+        chunk_size: int = 4,
+        action_dim: int = 7,
+        **config: Any,
     ) -> TokenPolicy:
         """A new small VLA with random weights and the given statistics; `config` goes to [`StareVLAConfig`]."""
         num_bins = config.setdefault("num_bins", 33)

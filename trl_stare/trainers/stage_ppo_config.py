@@ -69,8 +69,12 @@ class StagePPOConfig(_BaseConfig):
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     value_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the critic."})
     critic: str = field(default="privileged", metadata={"help": f"What the critic reads: {CRITICS}."})
-    value_warmup_iterations: int = field(default=1, metadata={"help": "First iterations in which only the critic learns."})
-    target_kl: float | None = field(default=None, metadata={"help": "Stop the policy's updates of an iteration at this KL."})
+    value_warmup_iterations: int = field(
+        default=1, metadata={"help": "First iterations in which only the critic learns."}
+    )
+    target_kl: float | None = field(
+        default=None, metadata={"help": "Stop the policy's updates of an iteration at this KL."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of rollouts."})
     stage_aware: bool = field(default=True, metadata={"help": "Shape the reward by stages; False is plain PPO."})
     shaping_weight: float = field(default=0.5, metadata={"help": "Weight of the shaping."})
@@ -78,8 +82,12 @@ class StagePPOConfig(_BaseConfig):
     bootstrap_on_truncation: bool = field(default=True, metadata={"help": "Bootstrap through time limits."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the policy."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of both learning rates."})
-    logging_steps: float = field(default=1, metadata={"help": "Unused by rollout metrics, which are logged per iteration."})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Recompute activations. Off by default."})
+    logging_steps: float = field(
+        default=1, metadata={"help": "Unused by rollout metrics, which are logged per iteration."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations. Off by default."}
+    )
     bf16: bool | None = field(default=False, metadata={"help": "Train in bfloat16."})
 
     def __post_init__(self):

@@ -101,7 +101,9 @@ class StagePPOTrainer(_BaseTrainer):
     ):
         plan.validate_signals(env.signal_names)
         if "seed" not in train_dataset.column_names or not len(train_dataset):
-            raise ValueError(f"`train_dataset` must hold episode starts with a `seed`, got {train_dataset.column_names}.")
+            raise ValueError(
+                f"`train_dataset` must hold episode starts with a `seed`, got {train_dataset.column_names}."
+            )
         self.policy, self.env, self.plan = policy, env, plan
         self.env_steps = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -126,7 +128,9 @@ class StagePPOTrainer(_BaseTrainer):
     @property
     def iteration(self) -> int:
         """Index of the PPO iteration under way, from the optimizer steps taken: right also after resuming."""
-        per_iteration = -(-self.args.num_ppo_epochs * self.args.num_minibatches // self.args.gradient_accumulation_steps)
+        per_iteration = -(
+            -self.args.num_ppo_epochs * self.args.num_minibatches // self.args.gradient_accumulation_steps
+        )
         return self.state.global_step // per_iteration
 
     def episode_seed(self, purpose: str, iteration: int) -> int:
@@ -179,7 +183,8 @@ class StagePPOTrainer(_BaseTrainer):
         args = self.args
         weight = args.shaping_weight if args.stage_aware else 0.0
         rewards = [
-            decision_rewards(t, self.plan, gamma=args.gamma, weight=weight, form=args.potential_form) for t in trajectories
+            decision_rewards(t, self.plan, gamma=args.gamma, weight=weight, form=args.potential_form)
+            for t in trajectories
         ]
         features, final_features = self._critic_features(trajectories)
         value_head = self.model.value_head
@@ -222,7 +227,8 @@ class StagePPOTrainer(_BaseTrainer):
         for index in ("starts", "end"):
             chosen = [t.starts if index == "starts" else torch.tensor([t.num_steps]) for t in trajectories]
             signals = {
-                name: torch.cat([t.signals[name][at] for t, at in zip(trajectories, chosen, strict=True)]) for name in names
+                name: torch.cat([t.signals[name][at] for t, at in zip(trajectories, chosen, strict=True)])
+                for name in names
             }
             rows.append(privileged_features(signals, names, torch.cat(chosen) / limit).to(device))
         return rows[0], rows[1]

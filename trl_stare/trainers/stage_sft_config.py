@@ -21,14 +21,20 @@ class StageSFTConfig(SFTConfig):
         default=False,
         metadata={"help": "Weight decisions so that every stage counts the same, however many steps it lasts."},
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW; the small VLA's default."})
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "Peak learning rate of AdamW; the small VLA's default."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Unused: a decision has a fixed number of tokens."})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Recompute activations. Off by default."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations. Off by default."}
+    )
     bf16: bool | None = field(default=False, metadata={"help": "Train in bfloat16."})
 
     def __post_init__(self):
         if self.max_length is not None:
-            raise ValueError(f"`max_length` must be None, got {self.max_length}. A decision has a fixed number of tokens.")
+            raise ValueError(
+                f"`max_length` must be None, got {self.max_length}. A decision has a fixed number of tokens."
+            )
         # the rows are decisions that a collator turns into tensors: there is no text to tokenise
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()

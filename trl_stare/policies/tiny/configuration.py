@@ -12,7 +12,7 @@ class StareVLAConfig(PreTrainedConfig):
 
     Args:
         image_size (`int`): height and width of the image in pixels; a multiple of 8.
-        conv_channels (`list[int]`): channels of the three FiLM-conditioned convolutions.
+        conv_channels (`list[int]`): channels of the three strided, FiLM-conditioned convolutions.
         readout_channels (`int`): channels of the 1x1 convolution whose flattened output is the dense readout token.
         state_size (`int`): `P`, proprioceptive values.
         chunk_size (`int`): `C`, environment steps per decision. action_dim (`int`): `A`.
@@ -47,7 +47,7 @@ class StareVLAConfig(PreTrainedConfig):
         norm_stats: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        self.image_size, self.conv_channels = image_size, conv_channels or [32, 64, 96]
+        self.image_size, self.conv_channels = image_size, conv_channels or [16, 48, 96]
         self.readout_channels, self.state_size = readout_channels, state_size
         self.chunk_size, self.action_dim, self.num_bins, self.soft_bins = chunk_size, action_dim, num_bins, soft_bins
         self.action_token_ids, self.query_token_ids = action_token_ids or [], query_token_ids or []

@@ -103,5 +103,7 @@ class StareVLAProcessor(ProcessorMixin):
         if images is not None:
             data["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
             if len(data["pixel_values"]) != len(texts):
-                raise ValueError(f"`images` must be one per text, got {len(data['pixel_values'])} for {len(texts)} texts.")
+                raise ValueError(
+                    f"`images` must be one per text, got {len(data['pixel_values'])} for {len(texts)} texts."
+                )
         return BatchFeature({name: torch.as_tensor(value) for name, value in data.items()}, tensor_type=return_tensors)

@@ -1,0 +1,16 @@
+"""What every test may rely on: one thread, no network, a Vulkan driver chosen before SAPIEN is imported."""
+
+import os
+
+# before torch and huggingface_hub are imported: both read these once
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+from trl_stare.envs.vulkan import select_vulkan_driver  # noqa: E402
+
+torch.set_num_threads(1)
+select_vulkan_driver()

@@ -1,0 +1,74 @@
+"""Model cards are written without a network and read back as the Hub would."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from trl_stare.evaluation import EpisodeResult, PhaseResult, card_template, write_model_card
+from trl_stare.stages import Segment
+
+
+def make_result(**of_phase) -> PhaseResult:
+    """Three of four episodes succeed once, two of them at the end."""
+    episodes = [
+        EpisodeResult(seed, seed < 3, seed < 2, 20, False, True, (Segment(0, 0, 4, seed < 3, 0.5),))
+        for seed in range(4)
+    ]
+    result = PhaseResult.from_episodes(episodes, ("Reach", "Grasp"), temperature=0.6, max_episode_steps=20, wall_s=1.0)
+    return result.for_phase(**of_phase) if of_phase else result
+
+
+def write(folder, **changes) -> ModelCard:
+    options = {"phase": "preference", "result": make_result(), "task": "StackCube-v1", "usage": "import trl_stare"}
+    path = write_model_card(folder, **(options | changes))
+    assert path == folder / "README.md"
+    return ModelCard.load(path)
+
+
+def test_the_metadata_is_what_the_hub_reads(tmp_path):
+    data = write(tmp_path).data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "robotics", "apache-2.0")
+    assert set(data.tags) == {"robotics", "reinforcement-learning", "vision-language-action", "trl", "stare"}
+    assert data.model_name == "StackCube-v1-preference"
+    once, at_end = data.eval_results
+    assert (once.metric_type, once.metric_value, once.dataset_name) == ("success_once", 0.75, "StackCube-v1")
+    assert once.metric_name == "success_once, n = 4, 75.0 % [30.1, 95.4]"
+    assert (at_end.metric_type, at_end.metric_value) == ("success_at_end", 0.5)
+
+
+def test_the_text_says_n_intervals_stages_seeds_and_use(tmp_path):
+    result = make_result(checkpoint="preference", env_steps=12_345, wall_s=342.0)
+    text = write(tmp_path, result=result, started_from="out/imitation", visuals="light").text
+    for part in (
+        "# StackCube-v1-preference",
+        "4 held-out episodes, sampling temperature 0.6, at most 20 steps an episode, light visuals.",
+        "| success once | 4 | 75.0 % [30.1, 95.4] |",
+        "| Reach | 75.0 % (3 / 4) |",
+        "| Grasp | not reached |",
+        "Seeds of the episodes: 0-3.",
+        "```python\nimport trl_stare\n```",
+        "| phase | preference |\n| started from | `out/imitation` |\n| environment steps | 12,345 |\n"
+        "| wall-clock time | 5 min 42 s |\n",
+        "- trl: ",
+    ):
+        assert part in text
+
+
+def test_a_phase_read_from_results_gives_the_same_card(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    assert str(write(tmp_path / "a")) == str(write(tmp_path / "b", result=make_result().to_dict()))
+
+
+def test_no_placeholder_is_left(tmp_path):
+    content = str(write(tmp_path, visuals=None, started_from=None))
+    assert not any(mark in content for mark in ("{{", "{%", "None"))
+
+
+def test_bad_input_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be one of imitation, preference, interaction, got 'sft'"):
+        write(tmp_path, phase="sft")
+    with pytest.raises(FileNotFoundError, match="Save the model first"):
+        write(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="got 'poem.md'"):
+        card_template("poem.md")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,113 @@
+"""The whole pipeline in miniature, launched as a user launches it: real simulator, real trainers, everything it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trl_stare import TokenPolicy
+from trl_stare.data import load_pairs, load_trajectories
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+          "--dynamo_backend", "no", "recipes/ipi.py"]  # fmt: skip
+SMALL = {
+    "num_demonstrations": 6, "preference_starts": 4, "rollouts_per_start": 3, "eval_episodes": 8, "num_envs": 4,
+    "image_size": 32, "imitation.max_steps": 12, "imitation.per_device_train_batch_size": 16, "imitation.logging_steps": 4,
+    "preference.max_steps": 3, "preference.per_device_train_batch_size": 4, "preference.logging_steps": 1,
+    "interaction.num_train_epochs": 2, "interaction.episodes_per_iteration": 8, "interaction.num_minibatches": 2,
+    "interaction.logging_steps": 6,
+}  # fmt: skip
+
+
+def run(folder: Path, **changes) -> subprocess.CompletedProcess:
+    options = SMALL | {"output_dir": str(folder)} | {key.replace("__", "."): value for key, value in changes.items()}
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return subprocess.run(
+        [sys.executable, *LAUNCH, *flags], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=280
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ipi") / "run"
+    done = run(folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+def test_results_say_what_was_measured(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert list(results) == ["task", "seed", "versions", "visuals", "phases"]
+    assert results["task"] == "StackCube-v1" and results["visuals"] == "light" and results["versions"]["trl"]
+    assert list(results["phases"]) == ["imitation", "preference", "interaction"]
+    for phase in results["phases"].values():
+        low, high = phase["success_once_ci95"]
+        assert low <= phase["success_once"] <= high and phase["n_episodes"] == 8 == len(phase["eval_seeds"])
+        assert list(phase["stage_success"]) == ["Reach", "Grasp", "Transport", "Stack"]
+        assert phase["env_steps"] > 0 and phase["wall_s"] > 0
+    seeds = [phase["eval_seeds"] for phase in results["phases"].values()]
+    assert seeds[0] == seeds[1] == seeds[2]
+
+
+def test_checkpoints_load_and_have_cards(finished):
+    for phase in ("imitation", "preference", "interaction"):
+        policy = TokenPolicy.from_pretrained(finished / phase)
+        assert (policy.chunk_size, policy.action_dim) == (4, 7)
+        assert "robotics" in (finished / phase / "README.md").read_text()
+    assert (finished / "interaction" / "value_head.safetensors").is_file()
+
+
+def test_data_report_and_videos_are_there(finished):
+    demonstrations = load_trajectories(finished / "data" / "demonstrations")
+    assert len(demonstrations) == 6 and all(demonstration.success_once for demonstration in demonstrations)
+    assert len(load_trajectories(finished / "data" / "rollouts")) == 12
+    assert len(load_pairs(finished / "data" / "pairs")) > 0
+    report = (finished / "report.md").read_text()
+    assert "Interaction" in report.title() and (finished / "report.png").stat().st_size > 10_000
+    assert (finished / "config.yaml").is_file()
+    assert {video.name.split("_")[0] for video in (finished / "videos").glob("*.mp4")} == {
+        "imitation", "preference", "interaction"
+    }  # fmt: skip
+
+
+def test_a_second_run_continues_and_makes_nothing_twice(finished):
+    (finished / "evaluation" / "interaction.json").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (finished / "imitation" / "model.safetensors",
+            finished / "preference" / "model.safetensors", finished / "evaluation" / "preference.json")}  # fmt: skip
+    before = json.loads((finished / "results.json").read_text())["phases"]["preference"]
+    done = run(finished)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    after = json.loads((finished / "results.json").read_text())["phases"]
+    assert after["preference"] == before and "interaction" in after
+
+
+def test_other_settings_in_the_same_folder_are_refused_before_any_work(finished):
+    done = run(finished, num_demonstrations=7)
+    assert done.returncode != 0 and "['num_demonstrations']" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "StackCubes-v1"}, "Did you mean 'StackCube-v1'"),
+        ({"interaction__gamma": 2}, "`gamma` must be in [0, 1], got 2"),
+        ({"num_demonstrations": 0}, "`num_demonstrations` must be at least 1"),
+        ({"phases": "preference"}, "`init_checkpoint` must be given"),
+        ({"phase__gamma": 2}, "unknown flag '--phase.gamma'"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(tmp_path, changes, message):
+    done = run(tmp_path / "run", **changes)
+    assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(tmp_path / "file" / "run")
+    assert done.returncode != 0 and str(tmp_path / "file") in done.stderr
