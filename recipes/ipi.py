@@ -13,6 +13,8 @@ import logging
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from trl_stare import (
 )
 from trl_stare.data import (
     build_pairs,
-    demonstrate,
+    demonstrate_successes,
     format_yield,
     load_trajectories,
     pairs_dataset,
@@ -114,62 +116,38 @@ class IPIArguments:
 
 def main(args: IPIArguments) -> None:
     """The pipeline, phase by phase; what is there already is not made again."""
-    out = prepare_output(args)
-    configs = {phase: trainer_config(args, phase) for phase in args.phases.split(",")}  # all checked before any work
+    # everything that can be refused is refused before any work
+    configs = {phase: trainer_config(args, phase) for phase in args.phases.split(",")}
     simulated, plan = get_simulated_task(args.task), get_plan(args.task)
+    out = prepare_output(args)
+    watch = Stopwatch(out / "timing.json")
+    todo = [phase for phase in configs if not phase_file(args, phase).exists()]
+    done = [phase for phase in PHASES if phase_file(args, phase).exists()]
     set_seed(args.seed)
-    timing: dict[str, float] = json.loads((out / "timing.json").read_text()) if (out / "timing.json").exists() else {}
 
-    def timed(name: str, began: float) -> None:
-        timing[name] = timing.get(name, 0.0) + time.perf_counter() - began
-        (out / "timing.json").write_text(json.dumps(timing, indent=2))
+    demonstrations = []
+    if "imitation" in todo:
+        with watch("demonstrations"), closing(make(args, chunk_size=1)) as env:
+            demonstrations = collect_demonstrations(args, env, simulated.demonstrate, plan)
 
-    began = time.perf_counter()
-    make = lambda **options: make_env(  # noqa: E731
-        args.task,
-        args.num_envs,
-        num_workers=args.num_workers,
-        image_size=args.image_size,
-        visuals=args.visuals,
-        **options,
-    )
-    checkpoint = args.init_checkpoint
-    if "imitation" in configs and not phase_file(args, "imitation").exists():
-        env = make(chunk_size=1)
-        timed("start simulators", began)
-        began = time.perf_counter()
-        demonstrations = collect_demonstrations(
-            args, env, simulated.demonstrate, plan, out / "data" / "demonstrations"
-        )
-        env.close()
-        timed("collect demonstrations", began)
-
-    began = time.perf_counter()
-    env = make(chunk_size=args.chunk_size)
-    try:
-        timed("start simulators", began)
-        for phase, config in configs.items():
-            began = time.perf_counter()
-            if not phase_file(args, phase).exists():
-                logger.info("phase %s", phase)
+    with closing(make(args, chunk_size=args.chunk_size)) as env:
+        for phase in todo:
+            earlier = [other for other in PHASES[: PHASES.index(phase)] if other in done]
+            checkpoint = str(out / earlier[-1]) if earlier else args.init_checkpoint
+            with watch(f"{phase}: training"):
                 if phase == "imitation":
-                    trained = imitate(args, config, demonstrations, plan)
+                    trained = imitate(args, configs[phase], demonstrations, plan)
                 elif phase == "preference":
-                    trained = prefer(args, config, checkpoint, env, plan)
+                    trained = prefer(args, configs[phase], checkpoint, env, plan)
                 else:
-                    trained = interact(args, config, checkpoint, env, plan)
-                timed(f"{phase}: training", began)
-                began = time.perf_counter()
+                    trained = interact(args, configs[phase], checkpoint, env, plan)
+            with watch(f"{phase}: evaluation"):
                 finish_phase(args, phase, trained, env, plan, started_from=checkpoint)
-                timed(f"{phase}: evaluation", began)
-            checkpoint = str(out / phase)
-            report(args, timing)
-        began = time.perf_counter()
-        film(args, env, plan)
-        timed("videos", began)
-        report(args, timing)
-    finally:
-        env.close()
+            done.append(phase)
+            report(args, watch.seconds)
+        with watch("videos"):
+            film(args, env, plan)
+    report(args, watch.seconds)
 
 
 # ---- the phases
@@ -187,7 +165,8 @@ def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: list, pl
     trainer = StageSFTTrainer(policy, config, demonstrations, plan)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
     env_steps = sum(demonstration.num_steps for demonstration in demonstrations)
-    return {"trainer": trainer, "policy": policy, "env_steps": env_steps}
+    seeds = [demonstration.seed for demonstration in demonstrations]
+    return {"trainer": trainer, "policy": policy, "env_steps": env_steps, "seeds": seeds}
 
 
 def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any, plan: Any) -> dict[str, Any]:
@@ -219,8 +198,13 @@ def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any
     trainer = StageDPOTrainer(policy, config, pairs_dataset(rollouts, pairs.pairs))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
     env_steps = sum(rollout.num_steps for rollout in rollouts)
-    pair_yield = {stage: dict(counts) for stage, counts in pairs.yield_table.items()}
-    return {"trainer": trainer, "policy": policy, "env_steps": env_steps, "pair_yield": pair_yield}
+    return {
+        "trainer": trainer,
+        "policy": policy,
+        "env_steps": env_steps,
+        "seeds": [rollout.seed for rollout in rollouts],
+        "pair_yield": {stage: dict(counts) for stage, counts in pairs.yield_table.items()},
+    }
 
 
 def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: Any, plan: Any) -> dict[str, Any]:
@@ -230,32 +214,29 @@ def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: A
     starts = Dataset.from_dict({"seed": list(range(INTERACTION_SEEDS, INTERACTION_SEEDS + count))})
     trainer = StagePPOTrainer(policy, config, env, plan, starts)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
-    return {"trainer": trainer, "policy": policy, "env_steps": trainer.env_steps}
+    return {"trainer": trainer, "policy": policy, "env_steps": trainer.env_steps, "seeds": starts["seed"]}
 
 
 # ---- what surrounds them
 
 
-def collect_demonstrations(args: IPIArguments, env: Any, expert: Any, plan: Any, folder: Path) -> list:
+def collect_demonstrations(args: IPIArguments, env: Any, expert: Any, plan: Any) -> list:
     """`num_demonstrations` successful ones, from as many seeds as that takes."""
+    folder = Path(args.output_dir) / "data" / "demonstrations"
     if PartialState().is_main_process and not folder.exists():
         if expert is None:
             raise ValueError(f"`task` must have a demonstrator, got {args.task!r} without. Give `init_checkpoint`.")
-        generator, kept, seed = torch.Generator().manual_seed(args.seed), [], DEMO_SEEDS
         with tqdm(total=args.num_demonstrations, desc="demonstrations", unit="episode") as bar:
-            while len(kept) < args.num_demonstrations:
-                seeds = range(seed, seed + max(args.num_demonstrations - len(kept), args.num_envs))
-                seed = seeds.stop
-                shown = demonstrate(
-                    env, expert, seeds, noise=args.demonstration_noise, generator=generator,
-                    on_episode=lambda trajectory: bar.update(int(trajectory.success_once)),
-                )  # fmt: skip
-                kept += [trajectory for trajectory in shown if trajectory.success_once]
-                if seed - DEMO_SEEDS > 20 * args.num_demonstrations + 100:
-                    raise RuntimeError(
-                        f"only {len(kept)} of {seed - DEMO_SEEDS} demonstrations succeeded. Lower the noise."
-                    )
-        save_trajectories(kept[: args.num_demonstrations], folder, plan, metadata=env.metadata)
+            shown = demonstrate_successes(
+                env,
+                expert,
+                args.num_demonstrations,
+                first_seed=DEMO_SEEDS,
+                noise=args.demonstration_noise,
+                generator=torch.Generator().manual_seed(args.seed),
+                on_episode=lambda trajectory: bar.update(int(trajectory.success_once)),
+            )
+        save_trajectories(shown, folder, plan, metadata=env.metadata)
     PartialState().wait_for_everyone()
     return load_trajectories(folder)
 
@@ -281,7 +262,9 @@ def finish_phase(
         return
     policy.model.eval()
     seeds = range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes)
-    result, episodes = evaluate(policy, env, plan, seeds, temperature=args.temperature, seed=args.seed)
+    result, episodes = evaluate(
+        policy, env, plan, seeds, temperature=args.temperature, seed=args.seed, train_seeds=trained["seeds"]
+    )
     wall_s = trainer.state.log_history[-1].get("train_runtime", 0.0)
     result = result.for_phase(checkpoint=phase, env_steps=trained["env_steps"], wall_s=wall_s)
     write_episodes(out / "evaluation" / f"{phase}.jsonl", episodes)
@@ -343,7 +326,9 @@ def report(args: IPIArguments, timing: dict[str, float]) -> None:
         timing=timing,
         notes=[
             f"Command: `accelerate launch {shlex.join(sys.argv)}`; every setting is in `config.yaml`.",
-            f"Imitation saw {args.num_demonstrations} demonstrations, few enough to leave the other phases something to do.",
+            f"Imitation saw {args.num_demonstrations} demonstrations, few enough to leave the other phases something to do."
+            if "imitation" in done
+            else f"Started from `{args.init_checkpoint}`.",
             f"The policy sees {args.image_size} px images and acts in chunks of {args.chunk_size} steps; it is sampled at "
             f"temperature {args.temperature} in all phases and in evaluation.",
         ],
@@ -351,6 +336,35 @@ def report(args: IPIArguments, timing: dict[str, float]) -> None:
 
 
 # ---- configuration and bookkeeping
+
+
+def make(args: IPIArguments, chunk_size: int) -> Any:
+    """The task's environments."""
+    return make_env(
+        args.task,
+        args.num_envs,
+        num_workers=args.num_workers,
+        chunk_size=chunk_size,
+        image_size=args.image_size,
+        visuals=args.visuals,
+    )
+
+
+class Stopwatch:
+    """Adds up seconds by name, in a file, so that a continued run counts all of them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.path.write_text(json.dumps(self.seconds, indent=2))
 
 
 def phase_file(args: IPIArguments, phase: str) -> Path:

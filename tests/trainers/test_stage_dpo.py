@@ -334,7 +334,7 @@ def test_resuming_from_weights_that_do_not_match_raises(policy, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_lora_scores_its_reference_with_the_adapter_off_and_resumes(policy, tmp_path):
+def test_lora_scores_its_reference_with_the_adapter_off_and_saves_an_adapter(policy, tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     reference = decision_logps(policy, 2).mean().item()
     trainer = make_trainer(policy, tmp_path, peft_config=lora, save_strategy="steps", save_steps=2)

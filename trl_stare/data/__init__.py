@@ -3,7 +3,7 @@
 from trl_stare.data.collators import pairs_dataset
 from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_dataset
 from trl_stare.data.pairs import PairSet, StagePair, build_pairs, format_yield
-from trl_stare.data.rollout import collect, demonstrate, play, replay
+from trl_stare.data.rollout import collect, demonstrate, demonstrate_successes, play, replay
 from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories
 from trl_stare.data.trajectory import Trajectory
 
@@ -15,6 +15,7 @@ __all__ = [
     "build_pairs",
     "collect",
     "demonstrate",
+    "demonstrate_successes",
     "demonstration_dataset",
     "format_yield",
     "load_pairs",

@@ -1,0 +1,140 @@
+"""StageSFTTrainer: rows, chunks and masks by hand, exact resume, and that it learns."""
+
+import pytest
+import torch
+
+from trl_stare.data import DemonstrationCollator, Trajectory, demonstration_dataset
+from trl_stare.policies import TokenPolicy
+from trl_stare.stages import get_plan
+from trl_stare.trainers import StageSFTConfig, StageSFTTrainer
+
+PLAN = get_plan("StackCube-v1")
+STATS = {"t": {"action": {"scale": [1.0] * 7}, "state": {"mean": [0.0] * 8, "std": [1.0] * 8}}}
+
+
+def make_demonstration(steps: int = 6, seed: int = 0, mistake_at: int | None = None) -> Trajectory:
+    """Contact after step 1, lifted after 2, over the goal after 3, solved at the end; action t is t/10 everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.arange(steps) / 10)[:, None].expand(-1, 7).clone()
+    actions = labels.clone()
+    if mistake_at is not None:
+        actions[mistake_at] = -1.0
+    time = torch.arange(steps + 1)
+    lift = torch.where(time >= 2, 0.05, 0.0)
+    cube = torch.stack([torch.where(time >= 3, 0.0, 0.3), torch.zeros(steps + 1), 0.02 + lift], dim=-1)
+    return Trajectory(
+        task="StackCube-v1",
+        instruction="stack the red cube on the green cube",
+        seed=seed,
+        policy="expert",
+        images=torch.randint(0, 256, (steps, 32, 32, 3), dtype=torch.uint8, generator=generator),
+        state=torch.randn(steps, 8, generator=generator),
+        starts=torch.arange(steps),
+        actions=actions,
+        labels=labels,
+        trace=None,
+        logps=None,
+        features=None,
+        final_image=torch.zeros(32, 32, 3, dtype=torch.uint8),
+        final_state=torch.zeros(8),
+        signals={
+            "tcp_position": cube,
+            "object_position": cube,
+            "goal_position": torch.tensor([0.0, 0.0, 0.06]).expand(steps + 1, 3),
+            "object_lift": lift[:, None],
+            "is_contact": time >= 1,
+            "is_grasped": time >= 1,
+            "success": time >= steps,
+        },
+        reward=(time[1:] >= steps).float(),
+        terminated=True,
+        truncated=False,
+    )
+
+
+def make_policy() -> TokenPolicy:
+    torch.manual_seed(0)
+    return TokenPolicy.create_tiny(STATS, image_size=32, chunk_size=3, soft_bins=0.0)
+
+
+def make_trainer(folder, policy: TokenPolicy, **config) -> StageSFTTrainer:
+    options = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    }
+    args = StageSFTConfig(str(folder), **(options | config))
+    return StageSFTTrainer(policy, args, [make_demonstration(seed=seed) for seed in range(4)], PLAN)
+
+
+def test_rows_carry_the_stage_and_its_weight():
+    """Six steps: Reach, Grasp and Transport last one step each, Stack three. Weights 6 / (4 * count)."""
+    rows = demonstration_dataset([make_demonstration()], PLAN)
+    assert rows["stage"] == [0, 1, 2, 3, 3, 3]
+    assert rows["weight"] == [1.5, 1.5, 1.5, 0.5, 0.5, 0.5] and sum(rows["weight"]) == 6
+
+
+def test_chunks_repeat_the_last_action_and_stop_at_mistakes():
+    policy = make_policy()
+    collator = DemonstrationCollator([make_demonstration(mistake_at=2)], policy.prepare, policy.encode, 3)
+    batch = collator([{"trajectory": 0, "decision": d, "weight": 1.0} for d in (0, 1, 2, 3, 5)])
+    decoded = policy.decode(batch["trace"])[:, :, 0]
+    expected = torch.tensor([[0, 0.1, 0.2], [0.1, 0.2, 0.3], [0.2, 0.3, 0.4], [0.3, 0.4, 0.5], [0.5, 0.5, 0.5]])
+    torch.testing.assert_close(decoded, expected, atol=0.04, rtol=0)
+    # the answer to the mistake's own observation counts, what follows it does not
+    mask = batch["mask"].view(5, 3, 7)[:, :, 0]
+    assert mask.tolist() == [[True] * 3, [True, True, False], [True, False, False], [True] * 3, [True] * 3]
+
+
+def test_no_demonstrations_are_refused():
+    with pytest.raises(ValueError, match="must hold a demonstration of StackCube-v1, got 0"):
+        demonstration_dataset([], PLAN)
+
+
+def test_it_learns_and_saves(tmp_path):
+    policy = make_policy()
+    trainer = make_trainer(tmp_path, policy, max_steps=120, learning_rate=2e-3)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = TokenPolicy.from_pretrained(tmp_path / "final")
+    for name, value in policy.model.state_dict().items():
+        assert torch.equal(value, loaded.model.state_dict()[name]), name
+
+
+def test_stage_balance_changes_the_loss_and_nothing_else(tmp_path):
+    losses = []
+    for balanced in (False, True):
+        policy = make_policy()
+        trainer = make_trainer(tmp_path, policy, stage_balanced=balanced)
+        batch = trainer.data_collator([{"trajectory": 0, "decision": d, "weight": w} for d, w in ((0, 1.5), (4, 0.5))])
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(trainer.model, batch).item())
+            each = [
+                policy.imitation_loss(
+                    {k: v[i : i + 1] for k, v in batch.items() if k not in ("trace", "mask", "weight")},
+                    batch["trace"][i : i + 1],
+                    batch["mask"][i : i + 1],
+                ).item()
+                for i in range(2)
+            ]
+    assert losses[0] == pytest.approx((each[0] + each[1]) / 2, abs=1e-5)
+    assert losses[1] == pytest.approx((1.5 * each[0] + 0.5 * each[1]) / 2, abs=1e-5)
+
+
+def test_resuming_is_exact(tmp_path):
+    whole = make_policy()
+    make_trainer(tmp_path / "whole", whole).train()
+    make_trainer(tmp_path / "cut", make_policy(), save_strategy="steps", save_steps=3).train()
+    resumed = make_policy()
+    make_trainer(tmp_path / "cut", resumed).train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    for (name, first), second in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(first, second), name
