@@ -8,10 +8,10 @@ ARGS ?=
 PYTHON ?=
 export PYTHON
 
-# Every value that `accelerate launch` would otherwise announce as a default of its own. One thread per process: the
-# simulators' worker processes share the cores.
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	--num_cpu_threads_per_process 1
+# Every value that `accelerate launch` would otherwise announce as a default of its own. The trainer gets a thread per core and
+# the simulators' workers one each: they take turns, and waiting threads sleep instead of spinning.
+LAUNCH := OMP_WAIT_POLICY=passive $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no --num_cpu_threads_per_process $(shell nproc)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup vulkan ipi test test-slow doctor lint clean

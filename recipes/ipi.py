@@ -119,6 +119,8 @@ def main(args: IPIArguments) -> None:
     # everything that can be refused is refused before any work
     configs = {phase: trainer_config(args, phase) for phase in args.phases.split(",")}
     simulated, plan = get_simulated_task(args.task), get_plan(args.task)
+    if args.init_checkpoint:
+        load_policy(args, args.init_checkpoint)
     out = prepare_output(args)
     watch = Stopwatch(out / "timing.json")
     todo = [phase for phase in configs if not phase_file(args, phase).exists()]

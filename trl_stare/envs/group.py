@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from multiprocessing import parent_process
 from typing import Any
 
 import gymnasium as gym
