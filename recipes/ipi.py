@@ -46,19 +46,17 @@ from trl_stare.data import (
     load_trajectories,
     pairs_dataset,
     play,
-    replay,
     save_pairs,
     save_trajectories,
 )
 from trl_stare.envs import get_simulated_task
 from trl_stare.evaluation import (
     PHASES,
-    Replay,
     build_results,
     evaluate,
+    film_policy,
     read_episodes,
     save_success_and_failure,
-    stage_labels,
     write_episodes,
     write_model_card,
     write_report,
@@ -128,7 +126,7 @@ def main(args: IPIArguments) -> None:
     set_seed(args.seed)
 
     demonstrations = []
-    if "imitation" in todo:
+    if "imitation" in todo and not training_file(args, "imitation").exists():
         with watch("demonstrations"), closing(make(args, chunk_size=1)) as env:
             demonstrations = collect_demonstrations(args, env, simulated.demonstrate, plan)
 
@@ -136,15 +134,16 @@ def main(args: IPIArguments) -> None:
         for phase in todo:
             earlier = [other for other in PHASES[: PHASES.index(phase)] if other in done]
             checkpoint = str(out / earlier[-1]) if earlier else args.init_checkpoint
-            with watch(f"{phase}: training"):
-                if phase == "imitation":
-                    trained = imitate(args, configs[phase], demonstrations, plan)
-                elif phase == "preference":
-                    trained = prefer(args, configs[phase], checkpoint, env, plan)
-                else:
-                    trained = interact(args, configs[phase], checkpoint, env, plan)
+            if not training_file(args, phase).exists():
+                with watch(f"{phase}: training"):
+                    if phase == "imitation":
+                        imitate(args, configs[phase], demonstrations, plan)
+                    elif phase == "preference":
+                        prefer(args, configs[phase], checkpoint, env, plan)
+                    else:
+                        interact(args, configs[phase], checkpoint, env, plan)
             with watch(f"{phase}: evaluation"):
-                finish_phase(args, phase, trained, env, plan, started_from=checkpoint)
+                evaluate_phase(args, phase, env, plan, started_from=checkpoint)
             done.append(phase)
             report(args, watch.seconds)
         with watch("videos"):
@@ -155,7 +154,7 @@ def main(args: IPIArguments) -> None:
 # ---- the phases
 
 
-def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: list, plan: Any) -> dict[str, Any]:
+def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: list, plan: Any) -> None:
     """Phase 1: a new small VLA (or `init_checkpoint`) imitates the demonstrations."""
     if args.init_checkpoint:
         policy = TokenPolicy.from_pretrained(args.init_checkpoint)
@@ -167,11 +166,10 @@ def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: list, pl
     trainer = StageSFTTrainer(policy, config, demonstrations, plan)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
     env_steps = sum(demonstration.num_steps for demonstration in demonstrations)
-    seeds = [demonstration.seed for demonstration in demonstrations]
-    return {"trainer": trainer, "policy": policy, "env_steps": env_steps, "seeds": seeds}
+    save_phase(args, "imitation", trainer, env_steps, [demonstration.seed for demonstration in demonstrations])
 
 
-def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any, plan: Any) -> dict[str, Any]:
+def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any, plan: Any) -> None:
     """Phase 2: several episodes per start, cut into stages and compared stage by stage; then StA-TPO."""
     policy, folder = load_policy(args, checkpoint), Path(args.output_dir) / "data" / "rollouts"
     if PartialState().is_main_process and not folder.exists():
@@ -200,23 +198,18 @@ def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any
     trainer = StageDPOTrainer(policy, config, pairs_dataset(rollouts, pairs.pairs))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
     env_steps = sum(rollout.num_steps for rollout in rollouts)
-    return {
-        "trainer": trainer,
-        "policy": policy,
-        "env_steps": env_steps,
-        "seeds": [rollout.seed for rollout in rollouts],
-        "pair_yield": {stage: dict(counts) for stage, counts in pairs.yield_table.items()},
-    }
+    pair_yield = {stage: dict(counts) for stage, counts in pairs.yield_table.items()}
+    save_phase(args, "preference", trainer, env_steps, [rollout.seed for rollout in rollouts], pair_yield=pair_yield)
 
 
-def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: Any, plan: Any) -> dict[str, Any]:
+def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: Any, plan: Any) -> None:
     """Phase 3: StA-PPO in the simulator."""
     policy = load_policy(args, checkpoint)
     count = int(config.num_train_epochs) * config.episodes_per_iteration
     starts = Dataset.from_dict({"seed": list(range(INTERACTION_SEEDS, INTERACTION_SEEDS + count))})
     trainer = StagePPOTrainer(policy, config, env, plan, starts)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
-    return {"trainer": trainer, "policy": policy, "env_steps": trainer.env_steps, "seeds": starts["seed"]}
+    save_phase(args, "interaction", trainer, trainer.env_steps, list(starts["seed"]))
 
 
 # ---- what surrounds them
@@ -254,21 +247,32 @@ def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:
     return policy
 
 
-def finish_phase(
-    args: IPIArguments, phase: str, trained: dict[str, Any], env: Any, plan: Any, started_from: str | None
-) -> None:
-    """Save the checkpoint, evaluate it on the held-out seeds, write its card; the phase is then done."""
-    out, trainer, policy = Path(args.output_dir), trained["trainer"], trained["policy"]
-    trainer.save_model(str(out / phase))
+def save_phase(args: IPIArguments, phase: str, trainer: Any, env_steps: int, seeds: list[int], **more: Any) -> None:
+    """Save the checkpoint and what its training was; the training is then done."""
+    trainer.save_model(str(Path(args.output_dir) / phase))
+    history = trainer.state.log_history
+    wall_s = history[-1].get("train_runtime", 0.0)
+    record = {"history": history, "env_steps": env_steps, "wall_s": wall_s, "seeds": sorted(set(seeds)), **more}
+    if PartialState().is_main_process:
+        training_file(args, phase).write_text(json.dumps(record))
+    PartialState().wait_for_everyone()
+
+
+def evaluate_phase(args: IPIArguments, phase: str, env: Any, plan: Any, started_from: str | None) -> None:
+    """Evaluate the checkpoint, as it loads, on the held-out seeds, and write its card; the phase is then done."""
     if not PartialState().is_main_process:
         return
-    policy.model.eval()
-    seeds = range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes)
+    out, training = Path(args.output_dir), json.loads(training_file(args, phase).read_text())
     result, episodes = evaluate(
-        policy, env, plan, seeds, temperature=args.temperature, seed=args.seed, train_seeds=trained["seeds"]
+        load_policy(args, str(out / phase)),
+        env,
+        plan,
+        range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes),
+        temperature=args.temperature,
+        seed=args.seed,
+        train_seeds=training["seeds"],
     )
-    wall_s = trainer.state.log_history[-1].get("train_runtime", 0.0)
-    result = result.for_phase(checkpoint=phase, env_steps=trained["env_steps"], wall_s=wall_s)
+    result = result.for_phase(checkpoint=phase, env_steps=training["env_steps"], wall_s=training["wall_s"])
     write_episodes(out / "evaluation" / f"{phase}.jsonl", episodes)
     write_model_card(
         out / phase,
@@ -279,7 +283,7 @@ def finish_phase(
         started_from=started_from,
         usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
     )
-    done = {"result": result.to_dict(), "history": trainer.state.log_history, "pair_yield": trained.get("pair_yield")}
+    done = {"result": result.to_dict(), "history": training["history"], "pair_yield": training.get("pair_yield")}
     phase_file(args, phase).write_text(json.dumps(done, indent=1))
 
 
@@ -289,21 +293,11 @@ def film(args: IPIArguments, env: Any, plan: Any) -> None:
     missing = [p for p in PHASES if phase_file(args, p).exists() and not list(videos.glob(f"{p}_*.mp4"))]
     if not missing or not PartialState().is_main_process:
         return
-    camera = make_env(args.task, 1, chunk_size=1, image_size=256, visuals=args.visuals)
-    for phase in missing:
-        policy = load_policy(args, str(Path(args.output_dir) / phase))
-        generator = torch.Generator().manual_seed(args.seed)
-        shown = play(
-            env, policy, range(VIDEO_SEEDS, VIDEO_SEEDS + 32), temperature=args.temperature, generator=generator
-        )
-        chosen = [next((t for t in shown if t.success_once == wanted), None) for wanted in (True, False)]
-        replays = []
-        for trajectory in filter(None, chosen):
-            seen = replay(camera, trajectory)
-            frames = torch.cat([seen.images, seen.final_image[None]]).numpy()
-            replays.append(Replay(seen.seed, frames, stage_labels(plan, seen.signals), seen.success_once))
-        save_success_and_failure(videos, phase, replays)
-    camera.close()
+    with closing(make_env(args.task, 1, chunk_size=1, image_size=256, visuals=args.visuals)) as camera:
+        for phase in missing:
+            policy, seeds = load_policy(args, str(Path(args.output_dir) / phase)), range(VIDEO_SEEDS, VIDEO_SEEDS + 32)
+            replays = film_policy(policy, env, camera, plan, seeds, temperature=args.temperature, seed=args.seed)
+            save_success_and_failure(videos, phase, replays)
 
 
 def report(args: IPIArguments, timing: dict[str, float]) -> None:
@@ -372,6 +366,11 @@ class Stopwatch:
 def phase_file(args: IPIArguments, phase: str) -> Path:
     """Written last: a phase that has it is done."""
     return Path(args.output_dir) / "evaluation" / f"{phase}.json"
+
+
+def training_file(args: IPIArguments, phase: str) -> Path:
+    """Written when the phase's checkpoint is complete: what remains is to evaluate it."""
+    return Path(args.output_dir) / "evaluation" / f"{phase}_training.json"
 
 
 def trainer_config(args: IPIArguments, phase: str) -> Any:

@@ -52,9 +52,8 @@ class EpisodeGroup(gym.Env):
         rank: int,
         world_size: int,
     ):
-        torch.set_num_threads(
-            1
-        )  # the workers share the cores: https://pytorch.org/docs/stable/notes/multiprocessing.html
+        if parent_process() is not None:
+            torch.set_num_threads(1)  # the workers share the cores; the trainer's own process keeps its threads
         batch = num_envs if device == "cuda" else 1
         self._make = partial(Simulator, task, num_envs=batch, image_size=image_size, visuals=visuals, device=device)
         self.simulators: list[Simulator] = []

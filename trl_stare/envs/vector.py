@@ -143,6 +143,9 @@ class WorkerVectorEnv:
         expected = (self.num_envs, self.chunk_size, 7)
         if tuple(actions.shape) != expected:
             raise ValueError(f"`actions` must have shape {expected}, got {tuple(actions.shape)}.")
+        if not torch.isfinite(actions).all():  # before it reaches a worker, which an error would end
+            rows = torch.nonzero(~torch.isfinite(actions).flatten(1).all(1)).flatten().tolist()
+            raise ValueError(f"`actions` must be finite, got NaN or infinity for environments {rows} of {self.task}.")
         shards = max(self.num_workers, 1)
         chunk = actions.detach().cpu().float().numpy()
         record, *_ = self._pool.step(chunk.reshape(shards, -1, *expected[1:]))

@@ -6,7 +6,7 @@ from trl_stare.evaluation.plots import plot_report
 from trl_stare.evaluation.records import PHASES, EpisodeResult, PhaseResult, paired, read_episodes, write_episodes
 from trl_stare.evaluation.report import build_results, package_versions, read_results, write_report, write_results
 from trl_stare.evaluation.statistics import McNemar, Proportion, format_rate, mcnemar_exact
-from trl_stare.evaluation.videos import Replay, record_episode, save_success_and_failure, stage_labels
+from trl_stare.evaluation.videos import Replay, film_policy, record_episode, save_success_and_failure, stage_labels
 
 __all__ = [
     "PHASES",
@@ -18,6 +18,7 @@ __all__ = [
     "build_results",
     "card_template",
     "evaluate",
+    "film_policy",
     "format_rate",
     "mcnemar_exact",
     "package_versions",

@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 import imageio.v2 as imageio
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from trl_stare.interfaces import Signals
+from trl_stare.data.rollout import play
+from trl_stare.data.rollout import replay as replay_actions
+from trl_stare.interfaces import Signals, VectorEnv, VLAPolicy
 from trl_stare.stages import StagePlan
 
 logger = logging.getLogger(__name__)
@@ -73,6 +76,37 @@ def record_episode(
         for frame, label in zip(frames, labels, strict=True):
             writer.append_data(_caption(frame, label, shape))
     os.replace(partial, path)
+
+
+def film_policy(
+    policy: VLAPolicy,
+    env: VectorEnv,
+    camera: VectorEnv,
+    plan: StagePlan,
+    seeds: Sequence[int],
+    *,
+    temperature: float,
+    seed: int,
+) -> list[Replay]:
+    """Play `seeds` in `env`, and render the first success and the first failure again, step by step, in `camera`.
+
+    Args:
+        env ([`VectorEnv`]): where the policy plays, in its own chunks.
+        camera ([`VectorEnv`]): the same task with `chunk_size` 1 and images as large as the video's.
+        temperature (`float`), seed (`int`): of the sampling.
+
+    Returns:
+        at most two episodes; fewer if all succeeded or all failed.
+    """
+    shown = play(env, policy, seeds, temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    replays = []
+    for outcome in (True, False):
+        trajectory = next((trajectory for trajectory in shown if trajectory.success_once == outcome), None)
+        if trajectory is not None:
+            seen = replay_actions(camera, trajectory)
+            frames = torch.cat([seen.images, seen.final_image[None]]).numpy()
+            replays.append(Replay(seen.seed, frames, stage_labels(plan, seen.signals), seen.success_once))
+    return replays
 
 
 def save_success_and_failure(
