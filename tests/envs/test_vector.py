@@ -47,6 +47,18 @@ def test_a_seed_gives_the_same_episode_in_every_environment(env):
     assert not torch.equal(start.obs.images[0], start.obs.images[3])
 
 
+def test_nothing_of_the_last_episode_is_left_after_a_reset(step_env):
+    """PhysX keeps the contacts of the last step: a reset while the cube is held must not begin with "grasped"."""
+    fresh = step_env.reset([0, 1, 2, 3]).signals
+    expert, signals = get_simulated_task(TASK).demonstrate, fresh
+    for _ in range(14):
+        signals = step_env.step(expert(signals)[:, None]).signals
+    assert signals["is_grasped"].any() and signals["is_contact"].any()
+    again = step_env.reset([0, 1, 2, 3]).signals
+    assert not again["is_grasped"].any() and not again["is_contact"].any()
+    assert all(torch.equal(fresh[name], again[name]) for name in fresh)
+
+
 def test_shapes_and_types(env):
     start = env.reset([0, 1, 2, 3])
     step = env.step(torch.zeros(4, 3, 7))

@@ -58,12 +58,14 @@ class Simulator:
         self.env: Any = env.unwrapped
         speed_up_control(self.env)
         self._info: dict[str, Tensor] = {}
+        self._is_fresh = torch.zeros(num_envs, dtype=torch.bool)
 
     def reset(self, seeds: Sequence[int], rows: Tensor) -> None:
         """Begin new episodes in scenes `rows` (`[R]` int64), one explicit seed each."""
         options = {} if self.num_envs == 1 else {"env_idx": rows.to(self.env.device)}
         with use_visuals(self.visuals, self.task.robot):  # a reset may build the scene anew
             _, self._info = self.env.reset(seed=[int(seed) for seed in seeds], options=options)
+        self._is_fresh[rows] = True
         if self._info["reconfigure"]:  # some tasks build a new agent for every episode
             speed_up_control(self.env)
 
@@ -76,10 +78,13 @@ class Simulator:
         if not torch.isfinite(actions).all():
             raise ValueError(f"`actions` must be finite, got {actions.tolist()} for task {self.task.name!r}.")
         *_, self._info = self.env.step(actions.to(self.env.device))
+        self._is_fresh[:] = False
 
     def signals(self) -> dict[str, Tensor]:
         """Signals now: name -> `[B]` bool or `[B, D]` float32, on the CPU."""
-        return {name: value.cpu() for name, value in self.task.signals(self.env, self._info).items()}
+        signals = {name: value.cpu() for name, value in self.task.signals(self.env, self._info).items()}
+        # no physics step since the reset: the contacts that PhysX reports are still those of the episode before
+        return signals | {name: signals[name] & ~self._is_fresh for name in self.task.contact_signals}
 
     def state(self) -> Tensor:
         """`[B, 8]` proprioception: TCP position (m, world), TCP quaternion (wxyz), opening of the gripper (m)."""

@@ -23,6 +23,8 @@ class SimulatedTask:
         signals (`Callable[[BaseEnv, dict], dict[str, Tensor]]`): reads privileged state off the unwrapped environment and its
             `get_info()`: name -> `[B]` bool or `[B, D]` float32. Must contain `"success"`, and only instantaneous values.
         signal_shapes (`dict[str, int]`): name -> `D`, or 0 for a `[B]` bool signal.
+        contact_signals (`tuple[str, ...]`): bool signals that come from contact forces. PhysX only renews contacts when it steps,
+            so right after a reset it still holds the previous episode's: these signals are then `False` by definition.
         demonstrate (`Callable[[Signals], Tensor]`, *optional*): scripted expert, signals `[N, ...]` -> `[N, A]` actions.
         control_mode (`str`): 7-dimensional end-effector control by default.
         robot (`str`): ManiSkill robot uid.
@@ -36,6 +38,7 @@ class SimulatedTask:
     instruction: str
     signals: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]]
     signal_shapes: Mapping[str, int]
+    contact_signals: tuple[str, ...] = ()
     demonstrate: Callable[[Signals], Tensor] | None = None
     control_mode: str = "pd_ee_delta_pose"
     robot: str = "panda"
@@ -49,6 +52,9 @@ class SimulatedTask:
                 f"`signal_shapes` of task {self.name!r} must contain 'success' as a bool signal (0), got "
                 f"{dict(self.signal_shapes)}. Add the environment's own success."
             )
+        unknown = [name for name in self.contact_signals if self.signal_shapes.get(name) != 0]
+        if unknown:
+            raise ValueError(f"`contact_signals` of task {self.name!r} must be bool signals of it, got {unknown}.")
 
 
 _TASKS: dict[str, SimulatedTask] = {}

@@ -59,6 +59,7 @@ register_simulated_task(
             "is_grasped": 0,
             "success": 0,
         },
+        contact_signals=("is_contact", "is_grasped"),
         demonstrate=PickAndPlaceExpert(),
         # the stock camera looks at 1.3 m of table (fov 1.57); the cubes appear within 0.6 m of it
         camera_config={"fov": 1.0},
