@@ -60,6 +60,11 @@ class Trajectory:
         return self.actions.shape[0]
 
     @property
+    def bounds(self) -> Tensor:
+        """`[M + 1]` environment steps at which decisions begin, and the end: `starts` and `num_steps`."""
+        return torch.cat([self.starts, torch.tensor([self.num_steps])])
+
+    @property
     def success_once(self) -> bool:
         """Whether the task was solved at any step."""
         return bool(self.signals["success"][1:].any())

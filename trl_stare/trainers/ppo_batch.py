@@ -37,7 +37,7 @@ def decision_rewards(
     A decision of `n` environment steps has discount `gamma^n` and reward `sum_i gamma^i r_i` (options, Sutton et al. 1999);
     the potential is taken where the policy looks: before the decision and after its last step.
     """
-    bounds = torch.cat([trajectory.starts, torch.tensor([trajectory.num_steps])])
+    bounds = trajectory.bounds
     steps = bounds.diff()
     within = torch.arange(trajectory.num_steps) - trajectory.starts.repeat_interleave(steps)
     owner = torch.arange(len(steps)).repeat_interleave(steps)
@@ -69,9 +69,8 @@ def observations(trajectories: Sequence[Trajectory], final: bool = False) -> Obs
 
 def executed_tokens(trajectory: Trajectory, num_tokens: int, chunk_size: int) -> Tensor:
     """`[M, L]` bool: tokens of steps that were executed before the episode ended."""
-    bounds = torch.cat([trajectory.starts, torch.tensor([trajectory.num_steps])])
     per_step = num_tokens // chunk_size
-    return (torch.arange(num_tokens) // per_step)[None] < bounds.diff()[:, None]
+    return (torch.arange(num_tokens) // per_step)[None] < trajectory.bounds.diff()[:, None]
 
 
 def advantages_and_returns(

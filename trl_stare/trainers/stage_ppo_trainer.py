@@ -123,7 +123,7 @@ class StagePPOTrainer(_BaseTrainer):
         if args.critic == "hidden":
             return self.policy.model.config.get_text_config().hidden_size
         signals = self.env.reset([0]).signals
-        return sum(value.shape[1] if value.ndim == 2 else 1 for value in signals.values()) + 1
+        return privileged_features(signals, self.env.signal_names, torch.zeros(self.env.num_envs)).shape[1]
 
     @property
     def iteration(self) -> int:
@@ -223,15 +223,15 @@ class StagePPOTrainer(_BaseTrainer):
             ends = self.policy.act(final, temperature=1.0, generator=torch.Generator().manual_seed(0)).features
             return torch.cat([t.features for t in trajectories]).to(device), ends.to(device)
         names, limit = self.env.signal_names, self.env.max_episode_steps
-        rows = []
-        for index in ("starts", "end"):
-            chosen = [t.starts if index == "starts" else torch.tensor([t.num_steps]) for t in trajectories]
+
+        def features_at(chosen: list[Tensor]) -> Tensor:
             signals = {
                 name: torch.cat([t.signals[name][at] for t, at in zip(trajectories, chosen, strict=True)])
                 for name in names
             }
-            rows.append(privileged_features(signals, names, torch.cat(chosen) / limit).to(device))
-        return rows[0], rows[1]
+            return privileged_features(signals, names, torch.cat(chosen) / limit).to(device)
+
+        return features_at([t.bounds[:-1] for t in trajectories]), features_at([t.bounds[-1:] for t in trajectories])
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

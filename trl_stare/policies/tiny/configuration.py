@@ -56,8 +56,3 @@ class StareVLAConfig(PreTrainedConfig):
             text_config = LlamaConfig(**(text_config or {}))
         self.text_config, self.norm_stats = text_config, norm_stats or {}
         super().__init__(**kwargs)
-
-    @property
-    def num_action_tokens(self) -> int:
-        """`L = C * A`."""
-        return self.chunk_size * self.action_dim
