@@ -228,6 +228,7 @@ def collect_demonstrations(args: IPIArguments, env: Any, expert: Any, plan: Any)
                 args.num_demonstrations,
                 first_seed=DEMO_SEEDS,
                 noise=args.demonstration_noise,
+                mistake_size=get_simulated_task(args.task).mistake_size,
                 generator=torch.Generator().manual_seed(args.seed),
                 on_episode=lambda trajectory: bar.update(int(trajectory.success_once)),
             )

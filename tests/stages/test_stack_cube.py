@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trl_stare.stages import StagePlan, get_plan, register_plan, segment, stage_per_step
-from trl_stare.stages.tasks import (
+from trl_stare.stages.tasks.pick_and_place import (
     HOLD_OFFSET,
     LENGTH,
     LIFT_HEIGHT,
@@ -153,7 +153,7 @@ def test_unknown_task_lists_the_known_and_suggests():
 
 
 def test_a_plan_of_ones_own(monkeypatch):
-    monkeypatch.setattr("trl_stare.stages.tasks._PLANS", {})
+    monkeypatch.setattr("trl_stare.stages.registry._PLANS", {})
     plan = StagePlan("MyTask-v0", PLAN.stages[2:])
     register_plan(plan)
     assert get_plan("MyTask-v0") is plan

@@ -31,9 +31,6 @@ class Decision(NamedTuple):
     features: Tensor | None = None
 
 
-MISTAKE_SIZE = 0.6
-"""Largest translation of a random mistake, controller units: 6 cm for `pd_ee_delta_pose`."""
-
 Actor = Callable[[Observation, Signals], Decision]
 
 
@@ -104,6 +101,7 @@ def demonstrate(
     seeds: Sequence[int],
     *,
     noise: float = 0.0,
+    mistake_size: float = 0.6,
     generator: torch.Generator | None = None,
     on_episode: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
@@ -112,6 +110,11 @@ def demonstrate(
     With `noise`, that share of the steps is a mistake: a random translation and a random gripper command are executed, while
     the recorded label stays the expert's own action. Demonstrations then contain recoveries, also from fingers that closed
     beside the object (in the manner of DART, arXiv 1703.09327).
+
+    Args:
+        noise (`float`): share of the steps that are mistakes, in [0, 1).
+        mistake_size (`float`): largest translation of a mistake per axis, controller units: 6 cm for the Panda's
+            `pd_ee_delta_pose`. Every [`SimulatedTask`] names its own.
     """
     if not 0.0 <= noise < 1.0:
         raise ValueError(f"`noise` must be in [0, 1), got {noise}.")
@@ -122,7 +125,7 @@ def demonstrate(
         if noise:
             mistaken = torch.rand(len(labels), generator=generator) < noise
             random = torch.rand(actions.shape, generator=generator) * 2 - 1
-            actions[mistaken, :, :3] = MISTAKE_SIZE * random[mistaken, :, :3]
+            actions[mistaken, :, :3] = mistake_size * random[mistaken, :, :3]
             actions[mistaken, :, -1] = random[mistaken, :, -1].sign()
         return Decision(actions, labels)
 
@@ -136,6 +139,7 @@ def demonstrate_successes(
     *,
     first_seed: int,
     noise: float = 0.0,
+    mistake_size: float = 0.6,
     generator: torch.Generator | None = None,
     on_episode: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
@@ -151,7 +155,9 @@ def demonstrate_successes(
             raise RuntimeError(f"only {len(kept)} of {seed - first_seed} demonstrations succeeded. Lower the noise.")
         seeds = range(seed, seed + max(count - len(kept), env.num_envs))
         seed = seeds.stop
-        shown = demonstrate(env, expert, seeds, noise=noise, generator=generator, on_episode=on_episode)
+        shown = demonstrate(
+            env, expert, seeds, noise=noise, mistake_size=mistake_size, generator=generator, on_episode=on_episode
+        )
         kept += [trajectory for trajectory in shown if trajectory.success_once]
     return kept[:count]
 

@@ -26,6 +26,7 @@ class SimulatedTask:
         contact_signals (`tuple[str, ...]`): bool signals that come from contact forces. PhysX only renews contacts when it steps,
             so right after a reset it still holds the previous episode's: these signals are then `False` by definition.
         demonstrate (`Callable[[Signals], Tensor]`, *optional*): scripted expert, signals `[N, ...]` -> `[N, A]` actions.
+        mistake_size (`float`): largest translation of a random mistake in noisy demonstrations, in the controller's units.
         control_mode (`str`): 7-dimensional end-effector control by default.
         robot (`str`): ManiSkill robot uid.
         camera (`str`): which of the environment's cameras the policy sees.
@@ -40,6 +41,7 @@ class SimulatedTask:
     signal_shapes: Mapping[str, int]
     contact_signals: tuple[str, ...] = ()
     demonstrate: Callable[[Signals], Tensor] | None = None
+    mistake_size: float = 0.6
     control_mode: str = "pd_ee_delta_pose"
     robot: str = "panda"
     camera: str = "base_camera"

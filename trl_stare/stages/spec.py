@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from trl_stare.interfaces import Signals
-from trl_stare.stages.check import check_names, check_shape, check_signals
 from trl_stare.stages.measures import succeeded
+from trl_stare.stages.validation import check_names, check_shape, check_signals
 
 POTENTIAL_FORMS = ("staged", "literal")
 """`staged` is our default, `literal` the formula as the paper states it (`StagePlan.potential`)."""

@@ -1,4 +1,4 @@
-"""The simulated tasks we ship: what is read off each environment, and how it is shown to the policy."""
+"""ManiSkill's tasks in which the Panda picks an object up and puts it down."""
 
 from __future__ import annotations
 

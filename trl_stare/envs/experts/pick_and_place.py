@@ -1,8 +1,4 @@
-"""Scripted demonstrators: they read signals and emit the actions a policy would, one environment step at a time.
-
-An expert here is a function of the present state alone. So it recovers by itself from whatever noise threw it off, and what
-it does can be imitated from a single image.
-"""
+"""A demonstrator that picks an object up and puts it down somewhere else."""
 
 from __future__ import annotations
 
@@ -11,12 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trl_stare.envs.experts.motion import METRES_PER_UNIT, RADIANS_PER_UNIT, yaw
 from trl_stare.interfaces import Signals
-
-METRES_PER_UNIT = 0.1
-"""`pd_ee_delta_pose` moves the Panda's TCP by at most 0.1 m per step (`pos_upper` in ManiSkill's `panda.py`)."""
-RADIANS_PER_UNIT = -0.1
-"""Rotations are scaled by `rot_lower` = -0.1 (ManiSkill's `pd_ee_pose.py`), so a positive action turns negatively."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +76,7 @@ class PickAndPlaceExpert:
     @staticmethod
     def _turn(signals: Signals) -> Tensor:
         """Controller units about the vertical that bring the fingers parallel to the nearest face of a box-shaped object."""
-        error = _yaw(signals["object_quaternion"]) - _yaw(signals["tcp_quaternion"])
+        error = yaw(signals["object_quaternion"]) - yaw(signals["tcp_quaternion"])
         quarter = torch.pi / 2
         error = torch.remainder(error + quarter / 2, quarter) - quarter / 2
         return (error / RADIANS_PER_UNIT).clamp(-1.0, 1.0)
-
-
-def _yaw(quaternion: Tensor) -> Tensor:
-    """Angle of the body's x axis about the world's vertical, radians, from `[N, 4]` wxyz quaternions."""
-    w, x, y, z = quaternion.unbind(dim=-1)
-    return torch.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))

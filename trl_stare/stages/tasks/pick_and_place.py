@@ -1,8 +1,7 @@
-"""Which plan a task has. Plans are data: names, thresholds and shared measures, no logic of their own."""
+"""Plans of the tasks in which an object is picked up and put down."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from functools import partial
 
@@ -16,6 +15,7 @@ from trl_stare.stages.measures import (
     touched,
     transport_distance,
 )
+from trl_stare.stages.registry import register_plan
 from trl_stare.stages.spec import Stage, StagePlan
 
 LENGTH = 0.3
@@ -31,35 +31,20 @@ TRANSPORT_CLEARANCE = 0.03
 STACK_CUBE_RADIUS = math.hypot(0.02, 0.02) + 0.005
 """StackCube-v1's own sideways test, 0.0333 m (ManiSkill's `stack_cube.py`, `evaluate`)."""
 
-_PLANS: dict[str, StagePlan] = {}
 
+def pick_and_place_plan(
+    task: str, *, radius: float, last: str = "Place", clearance: float = TRANSPORT_CLEARANCE
+) -> StagePlan:
+    """Reach, Grasp, Transport and a last stage for a task in which an object is picked up and put down at a goal.
 
-def register_plan(plan: StagePlan) -> None:
-    """Make `plan` known to [`get_plan`] under its task's name. A second registration of a name replaces the first."""
-    _PLANS[plan.task] = plan
-
-
-def get_plan(task: str) -> StagePlan:
-    """Look up the plan of a task.
-
-    Raises:
-        ValueError: if the task has none; lists the tasks that have one and the nearest name.
-
-    Example: `get_plan("StackCube-v1").names` is `("Reach", "Grasp", "Transport", "Stack")`.
+    Args:
+        task (`str`): registered task name.
+        radius (`float`): the task's own sideways test, metres; Transport ends `TRANSPORT_MARGIN` outside it.
+        last (`str`): name of the last stage.
+        clearance (`float`): metres above the goal that Transport heads for.
     """
-    if task not in _PLANS:
-        nearest = difflib.get_close_matches(task, _PLANS, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(
-            f"`task` must be one with a stage plan, {sorted(_PLANS)}, got {task!r}.{hint} "
-            f"Use `register_plan` for a plan of your own."
-        )
-    return _PLANS[task]
-
-
-register_plan(
-    StagePlan(
-        task="StackCube-v1",
+    return StagePlan(
+        task=task,
         stages=(
             Stage(
                 name="Reach",
@@ -79,13 +64,13 @@ register_plan(
             ),
             Stage(
                 name="Transport",
-                done=partial(is_over_goal, radius=STACK_CUBE_RADIUS + TRANSPORT_MARGIN, height=LIFT_HEIGHT),
-                distance=partial(transport_distance, clearance=TRANSPORT_CLEARANCE),
+                done=partial(is_over_goal, radius=radius + TRANSPORT_MARGIN, height=LIFT_HEIGHT),
+                distance=partial(transport_distance, clearance=clearance),
                 scale=LENGTH,
                 reads=("object_position", "goal_position", "object_lift"),
             ),
             Stage(
-                name="Stack",
+                name=last,
                 done=succeeded,
                 distance=partial(place_distance, offset=HOLD_OFFSET),
                 scale=LENGTH,
@@ -93,4 +78,6 @@ register_plan(
             ),
         ),
     )
-)
+
+
+register_plan(pick_and_place_plan("StackCube-v1", radius=STACK_CUBE_RADIUS, last="Stack"))

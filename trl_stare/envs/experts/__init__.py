@@ -1,0 +1,9 @@
+"""Scripted demonstrators: they read signals and emit the actions a policy would, one environment step at a time.
+
+An expert here is a function of the present state alone. So it recovers by itself from whatever noise threw it off, and what
+it does can be imitated from a single image.
+"""
+
+from trl_stare.envs.experts.pick_and_place import PickAndPlaceExpert
+
+__all__ = ["PickAndPlaceExpert"]
