@@ -12,9 +12,7 @@ import json
 import logging
 import shlex
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +61,8 @@ from trl_stare.evaluation import (
     write_results,
 )
 from trl_stare.policies import norm_stats
+from trl_stare.runs import Stopwatch, claim_folder
+from trl_stare.tasks import import_tasks
 
 logger = logging.getLogger("ipi")
 
@@ -76,6 +76,7 @@ class IPIArguments:
 
     output_dir: str = field(default="outputs/ipi", metadata={"help": "Where everything goes."})
     task: str = field(default="StackCube-v1", metadata={"help": "A registered task."})
+    task_module: str | None = field(default=None, metadata={"help": "Module or .py file of your own task."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
     phases: str = field(default=",".join(PHASES), metadata={"help": "Phases to run, in this order."})
     init_checkpoint: str | None = field(default=None, metadata={"help": "Start the first phase from this checkpoint."})
@@ -116,10 +117,12 @@ def main(args: IPIArguments) -> None:
     """The pipeline, phase by phase; what is there already is not made again."""
     # everything that can be refused is refused before any work
     configs = {phase: trainer_config(args, phase) for phase in args.phases.split(",")}
+    import_tasks(args.task_module)
     simulated, plan = get_simulated_task(args.task), get_plan(args.task)
     if args.init_checkpoint:
         load_policy(args, args.init_checkpoint)
-    out = prepare_output(args)
+    out = claim_folder(args.output_dir, asdict(args), free=("phases", "init_checkpoint", "output_dir"))
+    (out / "evaluation").mkdir(exist_ok=True)
     watch = Stopwatch(out / "timing.json")
     todo = [phase for phase in configs if not phase_file(args, phase).exists()]
     done = [phase for phase in PHASES if phase_file(args, phase).exists()]
@@ -347,23 +350,6 @@ def make(args: IPIArguments, chunk_size: int) -> Any:
     )
 
 
-class Stopwatch:
-    """Adds up seconds by name, in a file, so that a continued run counts all of them."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-            self.path.write_text(json.dumps(self.seconds, indent=2))
-
-
 def phase_file(args: IPIArguments, phase: str) -> Path:
     """Written last: a phase that has it is done."""
     return Path(args.output_dir) / "evaluation" / f"{phase}.json"
@@ -381,27 +367,6 @@ def trainer_config(args: IPIArguments, phase: str) -> Any:
     if phase == "interaction":
         given["temperature"] = args.temperature
     return cls(output_dir=str(Path(args.output_dir) / phase / "training"), **given)
-
-
-def prepare_output(args: IPIArguments) -> Path:
-    """Make the folder, or see that it belongs to this very configuration."""
-    out, given = Path(args.output_dir), asdict(args)
-    file = out / "config.yaml"
-    (out / "evaluation").mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        before = yaml.safe_load(file.read_text())
-        changed = sorted(
-            key
-            for key in given
-            if before.get(key) != given[key] and key not in ("phases", "init_checkpoint", "output_dir")
-        )
-        if changed:
-            raise ValueError(
-                f"`output_dir` must be new or of the same run, got {args.output_dir} whose config.yaml has other {changed}. "
-                "Use another `output_dir`, or the same settings to continue."
-            )
-    file.write_text(yaml.safe_dump(given, sort_keys=False))
-    return out
 
 
 def parse() -> IPIArguments:

@@ -1,12 +1,17 @@
-"""What every test may rely on: one thread, no network, a Vulkan driver chosen before SAPIEN is imported."""
+"""What every test may rely on: one thread, no network, assets and a Vulkan driver chosen before SAPIEN is imported."""
 
 import os
+from pathlib import Path
 
 # before torch and huggingface_hub are imported: both read these once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# where ManiSkill looks for the assets of the Bridge tasks
+_ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets" / "maniskill"
+if _ASSETS.is_dir():
+    os.environ.setdefault("MS_ASSET_DIR", str(_ASSETS))
 
 import torch  # noqa: E402
 

@@ -156,3 +156,14 @@ def test_expert_recovers_from_a_mistake_by_itself():
 def test_bad_arguments_are_refused_before_any_simulation(kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_env(**kwargs)
+
+
+def test_an_episode_does_not_depend_on_those_before_it(step_env):
+    """PhysX remembers past contacts in ways a reset does not undo; a fifth of all grasps came out differently before scenes
+    were built anew."""
+    expert = get_simulated_task(TASK).demonstrate
+    alone = demonstrate(step_env, expert, range(4))
+    later = demonstrate(step_env, expert, [*range(20, 32), *range(4)])
+    for first, second in zip(alone, later[-4:], strict=True):
+        assert torch.equal(first.actions, second.actions) and torch.equal(first.images, second.images)
+        assert all(torch.equal(first.signals[name], second.signals[name]) for name in first.signals)

@@ -385,6 +385,19 @@ def test_checkpoints_load_as_a_policy(policy, tmp_path):
     torch.testing.assert_close(decision_logps(loaded, 0), decision_logps(policy, 0))
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (lambda pairs: pairs.select([]), "must hold a pair, got none. Play more starts"),
+        (lambda pairs: pairs.to_list(), "must be a Dataset, got list. Use `pairs_dataset`"),
+    ],
+)
+def test_no_pairs_are_refused_by_name(policy, tmp_path, rows, message):
+    pairs = pairs_dataset([episode(2, 0), episode(2, 1)], [stage_pair(0, 1, slice(0, 2), slice(0, 2), 0)])
+    with pytest.raises(ValueError, match=message):
+        StageDPOTrainer(policy, StageDPOConfig(str(tmp_path), use_cpu=True, report_to="none"), rows(pairs))
+
+
 def test_the_trainer_refuses_rows_that_do_not_fit(policy, tmp_path):
     stage_rows, whole_rows = pairs_dataset(EPISODES, STAGE_PAIRS), pairs_dataset(EPISODES, WHOLE_PAIRS)
     cases = [

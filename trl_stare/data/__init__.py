@@ -1,10 +1,11 @@
 """Trajectories: playing them, storing them, and turning them into training data."""
 
 from trl_stare.data.collators import pairs_dataset
+from trl_stare.data.collection import collect_dataset
 from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_dataset
 from trl_stare.data.pairs import PairSet, StagePair, build_pairs, format_yield
-from trl_stare.data.rollout import collect, demonstrate, demonstrate_successes, play, replay
-from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories
+from trl_stare.data.rollout import collect, demonstrate, demonstrate_successes, play, replay, stream
+from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories, stored_settings
 from trl_stare.data.trajectory import Trajectory
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Trajectory",
     "build_pairs",
     "collect",
+    "collect_dataset",
     "demonstrate",
     "demonstrate_successes",
     "demonstration_dataset",
@@ -25,4 +27,6 @@ __all__ = [
     "replay",
     "save_pairs",
     "save_trajectories",
+    "stored_settings",
+    "stream",
 ]

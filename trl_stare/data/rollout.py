@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from trl_stare.data.actors import Actor, Decision, expert_actor, policy_actor
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import Observation, Signals, Step, VectorEnv, VLAPolicy
-
-
-class Decision(NamedTuple):
-    """What an actor answers for `N` environments.
-
-    Attributes:
-        actions (`Tensor`): `[N, C, A]`, executed.
-        labels (`Tensor`): `[N, C, A]`, what should be imitated; differs from `actions` where noise was added.
-        trace (`Tensor` or `None`): `[N, L]`. logps (`Tensor` or `None`): `[N, L]`.
-        features (`Tensor` or `None`): `[N, F]`, for a value head.
-    """
-
-    actions: Tensor
-    labels: Tensor
-    trace: Tensor | None = None
-    logps: Tensor | None = None
-    features: Tensor | None = None
-
-
-Actor = Callable[[Observation, Signals], Decision]
+from trl_stare.stages.validation import check_finite
 
 
 @dataclass
@@ -60,6 +42,11 @@ class _Recorder:
     first_signals: Signals
     moments: list[_Moment] = field(default_factory=list)
 
+    @property
+    def num_steps(self) -> int:
+        """Environment steps so far."""
+        return sum(int(moment.step.num_steps[moment.i]) for moment in self.moments)
+
 
 def play(
     env: VectorEnv,
@@ -86,10 +73,7 @@ def play(
         `list[Trajectory]`, in the order of `seeds`.
     """
 
-    def act(obs: Observation, signals: Signals) -> Decision:
-        sample = policy.act(policy.prepare(obs), temperature=temperature, generator=generator)
-        return Decision(sample.actions, sample.actions, sample.trace, sample.logps, sample.features)
-
+    act = policy_actor(policy, temperature=temperature, generator=generator)
     return collect(
         env, act, seeds, name=name, ignore_terminations=ignore_terminations, on_episode=on_episode, timing=timing
     )
@@ -105,30 +89,8 @@ def demonstrate(
     generator: torch.Generator | None = None,
     on_episode: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
-    """Let a scripted expert show one episode per seed, one environment step at a time.
-
-    With `noise`, that share of the steps is a mistake: a random translation and a random gripper command are executed, while
-    the recorded label stays the expert's own action. Demonstrations then contain recoveries, also from fingers that closed
-    beside the object (in the manner of DART, arXiv 1703.09327).
-
-    Args:
-        noise (`float`): share of the steps that are mistakes, in [0, 1).
-        mistake_size (`float`): largest translation of a mistake per axis, controller units: 6 cm for the Panda's
-            `pd_ee_delta_pose`. Every [`SimulatedTask`] names its own.
-    """
-    if not 0.0 <= noise < 1.0:
-        raise ValueError(f"`noise` must be in [0, 1), got {noise}.")
-
-    def act(obs: Observation, signals: Signals) -> Decision:
-        labels = expert(signals)[:, None]
-        actions = labels.clone()
-        if noise:
-            mistaken = torch.rand(len(labels), generator=generator) < noise
-            random = torch.rand(actions.shape, generator=generator) * 2 - 1
-            actions[mistaken, :, :3] = mistake_size * random[mistaken, :, :3]
-            actions[mistaken, :, -1] = random[mistaken, :, -1].sign()
-        return Decision(actions, labels)
-
+    """Let a scripted expert show one episode per seed, one environment step at a time; see [`expert_actor`]."""
+    act = expert_actor(expert, noise=noise, mistake_size=mistake_size, generator=generator)
     return collect(env, act, seeds, name="expert", on_episode=on_episode)
 
 
@@ -189,7 +151,6 @@ def replay(env: VectorEnv, trajectory: Trajectory) -> Trajectory:
     return again
 
 
-@torch.no_grad()
 def collect(
     env: VectorEnv,
     act: Actor,
@@ -200,13 +161,34 @@ def collect(
     on_episode: Callable[[Trajectory], None] | None = None,
     timing: Timing | None = None,
 ) -> list[Trajectory]:
-    """Play one episode per seed with `act`; see [`play`] and [`demonstrate`]."""
+    """Play one episode per seed with `act`, all of them in the order of `seeds`; see [`play`] and [`demonstrate`]."""
+    finished: dict[int, Trajectory] = {}
+    for index, trajectory in stream(
+        env, act, seeds, name=name, ignore_terminations=ignore_terminations, timing=timing
+    ):
+        finished[index] = trajectory
+        if on_episode is not None:
+            on_episode(trajectory)
+    return [finished[index] for index in range(len(seeds))]
+
+
+@torch.no_grad()
+def stream(
+    env: VectorEnv,
+    act: Actor,
+    seeds: Sequence[int],
+    *,
+    name: str,
+    ignore_terminations: bool = False,
+    timing: Timing | None = None,
+) -> Iterator[tuple[int, Trajectory]]:
+    """Play one episode per seed with `act` and yield each as it ends, with its index in `seeds`: only running ones are kept."""
     seeds, timing = [int(seed) for seed in seeds], timing or Timing()
     start = env.reset(seeds, ignore_terminations=ignore_terminations)
     obs, signals, episode = start
     recorders = [_Recorder(int(e), _row(signals, i)) for i, e in enumerate(episode)]
-    finished: dict[int, Trajectory] = {}
     while (active := torch.nonzero(episode >= 0).flatten()).numel():
+        _require_finite({key: value[:, None] for key, value in signals.items()}, recorders, env.task, seeds, ahead=0)
         began = time.perf_counter()
         decision = act(_rows(obs, active), {key: value[active] for key, value in signals.items()})
         actions = torch.zeros(env.num_envs, *decision.actions.shape[1:])
@@ -215,16 +197,13 @@ def collect(
         step = env.step(actions)
         timing.act_s += acted - began
         timing.step_s += time.perf_counter() - acted
+        _require_finite(step.chunk_signals, recorders, env.task, seeds, ahead=1)
         for j, i in enumerate(active.tolist()):
             recorders[i].moments.append(_Moment(obs, decision, step, i, j))
             if step.terminated[i] or step.truncated[i]:
-                trajectory = _finish(recorders[i], env, seeds, name)
-                finished[recorders[i].episode] = trajectory
-                if on_episode is not None:
-                    on_episode(trajectory)
-                recorders[i] = _Recorder(int(step.episode[i]), _row(step.signals, i))
+                ended, recorders[i] = recorders[i], _Recorder(int(step.episode[i]), _row(step.signals, i))
+                yield ended.episode, _finish(ended, env, seeds, name)
         obs, signals, episode = step.obs, step.signals, step.episode
-    return [finished[index] for index in range(len(seeds))]
 
 
 def _finish(recorder: _Recorder, env: VectorEnv, seeds: list[int], name: str) -> Trajectory:
@@ -266,6 +245,21 @@ def _finish(recorder: _Recorder, env: VectorEnv, seeds: list[int], name: str) ->
         terminated=bool(last.terminated[row]),
         truncated=bool(last.truncated[row]),
     )
+
+
+def _require_finite(
+    signals: Signals, recorders: Sequence[_Recorder], task: str, seeds: Sequence[int], *, ahead: int
+) -> None:
+    """Raise `ValueError` naming task, seed, environment and step if the simulator gave a value that is not finite.
+
+    `signals` are `[N, C]` or `[N, C, D]`; column 0 is `ahead` steps past the last one recorded.
+    """
+    if all(bool(torch.isfinite(value).all()) for value in signals.values()):  # one look at all, as this is every step
+        return
+    for i, recorder in enumerate(recorders):
+        if recorder.episode >= 0:
+            where = f"seed {seeds[recorder.episode]} (environment {i})"
+            check_finite(task, _row(signals, i), where=where, first_step=recorder.num_steps + ahead)
 
 
 def _row(signals: Signals, i: int) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -110,13 +110,56 @@ def save_trajectories(
     note = json.dumps(dict(metadata or {}), default=str)
     starts = range(0, len(trajectories), EPISODES_PER_SHARD)
     shards = (
-        [
-            _to_row(index, trajectory, plan, note)
-            for index, trajectory in enumerate(trajectories[start : start + EPISODES_PER_SHARD], start)
-        ]
+        _to_table(
+            [
+                _to_row(index, trajectory, plan, note)
+                for index, trajectory in enumerate(trajectories[start : start + EPISODES_PER_SHARD], start)
+            ],
+            features,
+        )
         for start in starts
     )
-    _write_folder(Path(folder), shards, len(starts), features)
+    _write_folder(Path(folder), shards, len(starts))
+
+
+def merge_trajectories(sources: Sequence[str | Path], folder: str | Path, *, episodes: int) -> None:
+    """Write the first `episodes` rows of several datasets, in their order, as one; `id`s are counted anew.
+
+    `folder` may be one of `sources`: it is replaced when the new one is complete. A shard is in memory at a time.
+
+    Raises:
+        ValueError: if the sources hold fewer rows, or other columns than the first.
+    """
+    files = [file for source in sources for file in sorted(Path(source).glob("*.parquet"))]
+    found = sum(pq.read_metadata(file).num_rows for file in files)
+    if found < episodes:
+        raise ValueError(f"`sources` must hold at least {episodes} episodes, got {found}.")
+    num_shards = -(-episodes // EPISODES_PER_SHARD)
+    _write_folder(Path(folder), _merged_shards(files, episodes), num_shards)
+
+
+def _merged_shards(files: Sequence[Path], episodes: int) -> Iterator[pa.Table]:
+    """Rows of `files` as tables of `EPISODES_PER_SHARD` rows, the last one shorter, `episodes` in all."""
+    waiting: list[pa.Table] = []
+    written = 0
+    for file in files:
+        waiting.append(pq.read_table(file))
+        while (ready := sum(map(len, waiting))) and (ready >= EPISODES_PER_SHARD or written + ready >= episodes):
+            table = pa.concat_tables(waiting)
+            size = min(EPISODES_PER_SHARD, episodes - written)
+            shard, waiting = table.slice(0, size), [table.slice(size)]
+            yield shard.set_column(shard.schema.get_field_index("id"), "id", pa.array(range(written, written + size)))
+            written += size
+            if written == episodes:
+                return
+
+
+def stored_settings(folder: str | Path) -> tuple[list[int], list[dict[str, Any]]]:
+    """Seeds of all episodes in `folder`, and the different `metadata` they were stored with, without reading images."""
+    tables = [pq.read_table(file, columns=["seed", "metadata"]) for file in sorted(Path(folder).glob("*.parquet"))]
+    seeds = [seed for table in tables for seed in table["seed"].to_pylist()]
+    notes = {note for table in tables for note in table["metadata"].to_pylist()}
+    return seeds, [json.loads(note) for note in sorted(notes)]
 
 
 def load_trajectories(folder: str | Path) -> list[Trajectory]:
@@ -140,8 +183,11 @@ def save_pairs(pairs: Sequence[StagePair], folder: str | Path) -> None:
         ValueError: if `folder` holds other files.
     """
     starts = range(0, max(len(pairs), 1), PAIRS_PER_SHARD)
-    shards = ([asdict(pair) for pair in pairs[start : start + PAIRS_PER_SHARD]] for start in starts)
-    _write_folder(Path(folder), shards, len(starts), PREFERENCE_FEATURES)
+    shards = (
+        _to_table([asdict(pair) for pair in pairs[start : start + PAIRS_PER_SHARD]], PREFERENCE_FEATURES)
+        for start in starts
+    )
+    _write_folder(Path(folder), shards, len(starts))
 
 
 def load_pairs(folder: str | Path) -> tuple[StagePair, ...]:
@@ -240,7 +286,12 @@ def _to_tensor(cell: pa.ListScalar) -> Tensor:
     return torch.from_numpy(np.array(values.to_numpy(zero_copy_only=False))).reshape(shape)
 
 
-def _write_folder(folder: Path, shards: Iterable[list[dict[str, Any]]], num_shards: int, features: Features) -> None:
+def _to_table(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table:
+    """Rows as a table whose schema carries the features, as `load_dataset` wants it."""
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features).data.table
+
+
+def _write_folder(folder: Path, shards: Iterable[pa.Table], num_shards: int) -> None:
     """Write a parquet file per shard beside `folder`, then put the new folder in the old one's place."""
     strangers = [path.name for path in folder.iterdir() if path.suffix != ".parquet"] if folder.exists() else []
     if strangers:
@@ -251,10 +302,9 @@ def _write_folder(folder: Path, shards: Iterable[list[dict[str, Any]]], num_shar
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    for index, rows in enumerate(shards):
-        table = Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
-        # not `to_parquet`, which draws a progress bar per file; the schema carries the features either way
-        pq.write_table(table.data.table, new / f"train-{index:05d}-of-{num_shards:05d}.parquet")
+    for index, table in enumerate(shards):
+        # not `Dataset.to_parquet`, which draws a progress bar per file
+        pq.write_table(table, new / f"train-{index:05d}-of-{num_shards:05d}.parquet")
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)

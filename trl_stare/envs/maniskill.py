@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trl_stare.envs.control import speed_up_control
+from trl_stare.envs.grasping import speed_up_grasping
+from trl_stare.envs.overlay import forget_overlays, keep_overlays, overlay
 from trl_stare.envs.registry import SimulatedTask
 from trl_stare.envs.visuals import use_visuals
 from trl_stare.envs.vulkan import select_vulkan_driver
@@ -23,51 +26,83 @@ def time_limit(task: SimulatedTask) -> int:
     return gym.spec(task.env_id).max_episode_steps
 
 
+def check_assets(task: SimulatedTask) -> None:
+    """Raise if ManiSkill lacks files that `task` needs. ManiSkill itself would ask on the terminal whether to download them.
+
+    Raises:
+        FileNotFoundError: names the folder that was searched and the commands that download what is missing.
+    """
+    select_vulkan_driver()
+    import mani_skill.envs  # noqa: F401  (registers the environments)
+    from mani_skill import ASSET_DIR
+    from mani_skill.utils import assets
+
+    # the groups that ManiSkill's own checks look at: that of the environment and that of its robot
+    groups = [group for group in (task.env_id, task.robot) if group in assets.DATA_GROUPS]
+    needed = {name for group in groups for name in assets.expand_data_group_into_individual_data_source_ids(group)}
+    missing = sorted(name for name in needed if not assets.is_data_source_downloaded(name))
+    if missing:
+        commands = " && ".join(f"python -m mani_skill.utils.download_asset {name}" for name in missing)
+        raise FileNotFoundError(
+            f"task {task.name!r} needs ManiSkill's assets {', '.join(missing)}, which are not in {ASSET_DIR}. "
+            f"Run: {commands} (or set `MS_ASSET_DIR` to the folder that holds them)"
+        )
+
+
 class Simulator:
     """`B` parallel scenes of one task: 1 on the CPU (ManiSkill's limit), any number on CUDA.
 
     Args:
         task ([`SimulatedTask`]): what to simulate.
         num_envs (`int`): `B`.
-        image_size (`int`): height and width of the policy's image, pixels.
+        image_size (`int`, *optional*): height and width of the policy's image, pixels; default the task's own.
         visuals (`str`): `"light"` (decimated visual meshes) or `"stock"`.
         device (`str`): `"cpu"` or `"cuda"`.
     """
 
-    def __init__(self, task: SimulatedTask, *, num_envs: int, image_size: int, visuals: str, device: str):
+    def __init__(self, task: SimulatedTask, *, num_envs: int, image_size: int | None, visuals: str, device: str):
         select_vulkan_driver()
         import gymnasium as gym
         import mani_skill.envs  # noqa: F401  (registers the environments)
 
         self.task, self.num_envs, self.visuals = task, num_envs, visuals
         cuda = device == "cuda"
+        forget_overlays()
         with use_visuals(visuals, task.robot):
             env = gym.make(
                 task.env_id,
                 num_envs=num_envs,
-                # no observation is rendered by `step`: images are asked for when the policy looks
-                obs_mode="none",
+                obs_mode=_obs_mode(task),
                 reward_mode="none",
                 control_mode=task.control_mode,
-                robot_uids=task.robot,
+                **({} if task.chooses_robot else {"robot_uids": task.robot}),
                 sim_backend="physx_cuda" if cuda else "physx_cpu",
                 render_backend="sapien_cuda" if cuda else "sapien_cpu",
-                sensor_configs={"width": image_size, "height": image_size, task.camera: dict(task.camera_config)},
+                sensor_configs=_sensor_configs(task, image_size),
                 **task.env_kwargs,
             )
         self.env: Any = env.unwrapped
-        speed_up_control(self.env)
+        # no observation is rendered by `step`: images are asked for when the policy looks
+        self.env._obs_mode = "none"
+        self._has_overlay = keep_overlays(self.env)
+        self._speed_up()
+        self.is_rebuilt = not cuda
         self._info: dict[str, Tensor] = {}
         self._is_fresh = torch.zeros(num_envs, dtype=torch.bool)
 
     def reset(self, seeds: Sequence[int], rows: Tensor) -> None:
         """Begin new episodes in scenes `rows` (`[R]` int64), one explicit seed each."""
-        options = {} if self.num_envs == 1 else {"env_idx": rows.to(self.env.device)}
+        # PhysX's bookkeeping of past contacts outlives a reset and moves the next episode by rounding, which grasps amplify:
+        # only in a scene built anew is an episode a function of its seed and actions. Parallel scenes cannot be built singly.
+        options = {"reconfigure": True} if self.is_rebuilt else {"env_idx": rows.to(self.env.device)}
+        if self.task.configurations:
+            configurations = [int(seed) % self.task.configurations for seed in seeds]
+            options["episode_id"] = torch.tensor(configurations, device=self.env.device)
         with use_visuals(self.visuals, self.task.robot):  # a reset may build the scene anew
             _, self._info = self.env.reset(seed=[int(seed) for seed in seeds], options=options)
         self._is_fresh[rows] = True
-        if self._info["reconfigure"]:  # some tasks build a new agent for every episode
-            speed_up_control(self.env)
+        if self._info["reconfigure"]:  # a scene built anew has a new agent
+            self._speed_up()
 
     def step(self, actions: Tensor) -> None:
         """One control step with `[B, A]` robot-unit actions.
@@ -89,16 +124,47 @@ class Simulator:
     def state(self) -> Tensor:
         """`[B, 8]` proprioception: TCP position (m, world), TCP quaternion (wxyz), opening of the gripper (m)."""
         agent = self.env.agent
+        # not every robot names its TCP; its controller knows which link it moves
+        tcp = (agent.tcp if hasattr(agent, "tcp") else agent.controller.controllers["arm"].ee_link).pose
         opening = agent.robot.qpos[:, -2:].sum(dim=-1, keepdim=True)
-        return torch.cat([agent.tcp.pose.p, agent.tcp.pose.q, opening], dim=-1).float().cpu()
+        return torch.cat([tcp.p, tcp.q, opening], dim=-1).float().cpu()
 
     def images(self) -> Tensor:
-        """`[B, H, W, 3]` uint8, rendered now."""
+        """`[B, H, W, 3]` uint8, rendered now, without what the task hides from its cameras (PickCube-v1's goal)."""
+        for hidden in self.env._hidden_objects:
+            hidden.hide_visual()
         self.env.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         camera = self.env.scene.sensors[self.task.camera]
         camera.capture()
-        return camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"].cpu()
+        picture = camera.get_obs(rgb=True, depth=False, position=False, segmentation=self._has_overlay)
+        image = overlay(self.env, self.task.camera, picture) if self._has_overlay else picture["rgb"]
+        return image.cpu()
 
     def close(self) -> None:
         """End the simulator."""
         self.env.close()
+
+    def _speed_up(self) -> None:
+        speed_up_control(self.env)
+        speed_up_grasping(self.env)
+
+
+def _obs_mode(task: SimulatedTask) -> str:
+    """`"none"`, or what the environment insists on (digital twins know one mode only)."""
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    supported = REGISTERED_ENVS[task.env_id].cls.SUPPORTED_OBS_MODES
+    return "none" if "none" in supported else supported[0]
+
+
+def _sensor_configs(task: SimulatedTask, image_size: int | None) -> dict[str, Any]:
+    """ManiSkill's `sensor_configs`: image size for all cameras, and the task's overrides for the policy's camera.
+
+    Example: an `intrinsic` for 640 x 480 becomes, at `image_size` 64, a tenth of its first row and 64/480 of its second.
+    """
+    height, width = task.image_shape_at(image_size)
+    camera = dict(task.camera_config)
+    if "intrinsic" in camera:
+        own_height, own_width = task.image_shape
+        camera["intrinsic"] = np.diag([width / own_width, height / own_height, 1.0]) @ np.asarray(camera["intrinsic"])
+    return {"width": width, "height": height, task.camera: camera}

@@ -24,7 +24,7 @@ def make_env(
     *,
     num_workers: int | None = None,
     chunk_size: int = 1,
-    image_size: int = 64,
+    image_size: int | None = None,
     visuals: str | None = None,
     device: str | None = None,
 ) -> WorkerVectorEnv:
@@ -36,13 +36,16 @@ def make_env(
         num_workers (`int`, *optional*): processes that share the environments; default one per core on the CPU (at most
             `num_envs`). 0 keeps them in this process, as does CUDA, where ManiSkill's GPU simulation is used.
         chunk_size (`int`): `C`, environment steps per decision.
-        image_size (`int`): pixels.
-        visuals (`str`, *optional*): `"light"` (default on the CPU) or `"stock"` (default on CUDA).
-        device (`str`, *optional*): `"cpu"` or `"cuda"`; default is what the machine has.
+        image_size (`int`, *optional*): height and width of the images, pixels. Default is the task's own: 64 for the
+            Panda's tasks, 480 x 640 for SimplerEnv's. Square images of the latter are the whole picture, squashed, as
+            OpenVLA's preprocessing makes them.
+        visuals (`str`, *optional*): `"light"` (default on the CPU) or `"stock"` (default on CUDA, and for SimplerEnv's tasks).
+        device (`str`, *optional*): `"cpu"` or `"cuda"`; default is what the machine has and the task can use.
 
     Raises:
         ValueError: unknown task or visuals, or numbers that do not fit.
         ImportError: if ManiSkill is not installed.
+        FileNotFoundError: if the task's assets are not there; names the commands that download them.
 
     Example:
 
@@ -56,14 +59,23 @@ def make_env(
     spec = get_simulated_task(task)
     if find_spec("mani_skill") is None:
         raise ImportError("`make_env` needs ManiSkill. Run: pip install 'trl-stare[maniskill]'")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    visuals = resolve_visuals(visuals, device)
+    device = device or ("cuda" if spec.gpu_simulation and torch.cuda.is_available() else "cpu")
+    visuals = resolve_visuals("stock" if visuals is None and not spec.light_visuals else visuals, device)
+    if visuals == "light" and not spec.light_visuals:
+        raise ValueError(f"`visuals` must be 'stock' for {task!r}, whose robot has no light meshes, got 'light'.")
     if num_envs < 1 or chunk_size < 1:
         raise ValueError(f"`num_envs` and `chunk_size` must be at least 1, got {num_envs} and {chunk_size}.")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"`image_size` must be at least 1, got {image_size}.")
+    if device == "cuda" and not spec.gpu_simulation:
+        raise ValueError(f"`device` must be 'cpu' for {task!r}, which ManiSkill cannot simulate on a GPU, got 'cuda'.")
     if num_workers is None:
         num_workers = 0 if device == "cuda" else min(num_envs, len(os.sched_getaffinity(0)))
     if num_workers and num_envs % num_workers:
         raise ValueError(f"`num_envs` must be a multiple of `num_workers`, got {num_envs} and {num_workers}.")
+    from trl_stare.envs.maniskill import check_assets
+
+    check_assets(spec)
     return WorkerVectorEnv(
         spec,
         num_envs=num_envs,
@@ -85,7 +97,7 @@ class WorkerVectorEnv:
         num_envs: int,
         num_workers: int,
         chunk_size: int,
-        image_size: int,
+        image_size: int | None,
         visuals: str,
         device: str,
     ):
@@ -123,7 +135,7 @@ class WorkerVectorEnv:
             "sim_backend": "physx_cuda" if device == "cuda" else "physx_cpu",
             "render_backend": "sapien_cuda" if device == "cuda" else "sapien_cpu",
             "visuals": visuals,
-            "image_size": image_size,
+            "image_shape": list(task.image_shape_at(image_size)),
             "chunk_size": chunk_size,
             "max_episode_steps": self.max_episode_steps,
             "versions": {name: _version(name) for name in ("mani_skill", "sapien", "gymnasium")},

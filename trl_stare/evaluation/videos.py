@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from trl_stare.data.rollout import play
 from trl_stare.data.rollout import replay as replay_actions
+from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import Signals, VectorEnv, VLAPolicy
 from trl_stare.stages import StagePlan
 
@@ -103,10 +104,39 @@ def film_policy(
     for outcome in (True, False):
         trajectory = next((trajectory for trajectory in shown if trajectory.success_once == outcome), None)
         if trajectory is not None:
-            seen = replay_actions(camera, trajectory)
-            frames = torch.cat([seen.images, seen.final_image[None]]).numpy()
-            replays.append(Replay(seen.seed, frames, stage_labels(plan, seen.signals), seen.success_once))
+            replays.append(_render(camera, trajectory, plan))
     return replays
+
+
+def film_episode(
+    camera: VectorEnv, trajectory: Trajectory, plan: StagePlan, folder: str | os.PathLike, *, fps: int = 20
+) -> Path:
+    """Render a recorded episode again, step by step, and write `{policy}_{outcome}_seed{S}.mp4`, captioned "stage, step t of T".
+
+    Args:
+        camera ([`VectorEnv`]): the episode's task with `chunk_size` 1 and images as large as the video's.
+        trajectory ([`Trajectory`]): what to show.
+        folder (`str`): where to; it is made.
+
+    Raises:
+        ValueError: if `camera` does not repeat the episode.
+    """
+    replay = _render(camera, trajectory, plan)
+    outcome = "success" if replay.success else "failure"
+    path = Path(folder) / f"{Path(trajectory.policy).name}_{outcome}_seed{replay.seed}.mp4"
+    record_episode(replay.frames, _captions(replay), path, fps=fps)
+    return path
+
+
+def _render(camera: VectorEnv, trajectory: Trajectory, plan: StagePlan) -> Replay:
+    seen = replay_actions(camera, trajectory)
+    frames = torch.cat([seen.images, seen.final_image[None]]).numpy()
+    return Replay(seen.seed, frames, stage_labels(plan, seen.signals), seen.success_once)
+
+
+def _captions(replay: Replay) -> list[str]:
+    last = len(replay.frames) - 1
+    return [f"{stage}  step {step}/{last}" for step, stage in enumerate(replay.stages)]
 
 
 def save_success_and_failure(
@@ -123,10 +153,8 @@ def save_success_and_failure(
         outcome = "success" if replay.success else "failure"
         if outcome in written:
             continue
-        last = len(replay.frames) - 1
-        labels = [f"{stage}  step {step}/{last}" for step, stage in enumerate(replay.stages)]
         path = Path(folder) / f"{phase}_{outcome}_seed{replay.seed}.mp4"
-        record_episode(replay.frames, labels, path, fps=fps)
+        record_episode(replay.frames, _captions(replay), path, fps=fps)
         written[outcome] = path
     for outcome in {"success", "failure"} - written.keys():
         logger.warning("no %s among the replayed episodes of %s: no such video", outcome, phase)

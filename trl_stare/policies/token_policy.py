@@ -77,6 +77,7 @@ class TokenPolicy:
     ) -> TokenPolicy:
         """A new small VLA with random weights and the given statistics; `config` goes to [`StareVLAConfig`]."""
         num_bins = config.setdefault("num_bins", 33)
+        config.setdefault("state_size", len(next(iter(norm_stats.values()))["state"]["mean"]))
         tokenizer = build_tokenizer(chunk_size, num_bins)
         text = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
         text |= {"num_key_value_heads": 4, "max_position_embeddings": 512, "pad_token_id": tokenizer.pad_token_id}

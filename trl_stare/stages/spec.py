@@ -40,6 +40,9 @@ class Stage:
             about 0.68.
         reads (`tuple[str, ...]`): names of the signals that `done` and `distance` read. They are given no others.
         cost_scale (`float`, *optional*): what `distance` is divided by in costs; `scale` where it is not given.
+
+    Raises:
+        ValueError: if `done` or `distance` is no function, `reads` no tuple of names, or a scale not positive and finite.
     """
 
     name: str
@@ -50,6 +53,20 @@ class Stage:
     cost_scale: float | None = None
 
     def __post_init__(self):
+        for field in ("done", "distance"):
+            if not callable(getattr(self, field)):
+                raise ValueError(
+                    f"`{field}` of stage {self.name!r} must be a function of signals, got {getattr(self, field)!r}. "
+                    f"Without it the stage {'has no exit' if field == 'done' else 'cannot tell how far its exit is'}."
+                )
+        if (
+            not isinstance(self.reads, tuple)
+            or not self.reads
+            or not all(isinstance(name, str) for name in self.reads)
+        ):
+            raise ValueError(
+                f"`reads` of stage {self.name!r} must be a tuple of signal names, got {self.reads!r}. Write ('success',)."
+            )
         for field in ("scale", "cost_scale"):
             value = getattr(self, field)
             if value is not None and not 0.0 < value < math.inf:
@@ -87,9 +104,10 @@ class StagePlan:
     stages: tuple[Stage, ...]
 
     def __post_init__(self):
-        names = [stage.name for stage in self.stages]
-        if not isinstance(self.stages, tuple) or len(names) < 2:
+        given = self.stages if isinstance(self.stages, tuple) else ()
+        if len(given) < 2 or not all(isinstance(stage, Stage) for stage in given):
             raise ValueError(f"`stages` of {self.task!r} must be a tuple of two or more stages, got {self.stages}.")
+        names = [stage.name for stage in given]
         if len(set(names)) < len(names):
             raise ValueError(f"`stages` of {self.task!r} must have different names, got {names}.")
         if self.stages[-1].done is not succeeded or "success" not in self.stages[-1].reads:
@@ -120,8 +138,8 @@ class StagePlan:
         """
         check_names(self.task, self.reads, signal_names)
 
-    def exits(self, signals: Signals) -> Tensor:
-        """Which events hold now, `[..., K]` bool. Success implies all of them.
+    def events(self, signals: Signals) -> Tensor:
+        """Which stages' own events hold now, `[..., K]` bool; the last one's is success.
 
         Raises:
             ValueError: if a `done` does not return bool of the leading shape; names the stage.
@@ -134,8 +152,12 @@ class StagePlan:
                 raise ValueError(
                     f"`done` of stage {stage.name!r} of {self.task!r} must return bool, got {done.dtype}."
                 )
-            columns.append(done | signals["success"])
+            columns.append(done)
         return torch.stack(columns, dim=-1)
+
+    def exits(self, signals: Signals) -> Tensor:
+        """Which stages are over now, `[..., K]` bool: their event holds, or success, which implies all of them."""
+        return self.events(signals) | signals["success"].unsqueeze(-1)
 
     def distances(self, signals: Signals) -> Tensor:
         """How far each stage is from its end, whichever is current, `[..., K]` in each stage's own unit.
@@ -198,6 +220,7 @@ class StagePlan:
         scales = distances.new_tensor([stage.scale for stage in self.stages])
         index = current.clamp(max=len(self) - 1).unsqueeze(-1)
         nearness = 1.0 - (distances / scales).gather(-1, index).squeeze(-1)
-        phi = torch.sigmoid(nearness) / _SIGMOID_OF_ONE
+        # float32's vectorised sigmoid rounds otherwise than its scalar one: a moment must be worth the same alone as in a batch
+        phi = (torch.sigmoid(nearness.double()) / _SIGMOID_OF_ONE).to(distances.dtype)
         # rounding must not lift a distance of zero above 1
         return torch.where(current == len(self), 1.0, phi.clamp(max=1.0))

@@ -54,6 +54,41 @@ def check_signals(task: str, reads: Collection[str], signals: Signals) -> Size:
     return lead
 
 
+def check_episode(task: str, reads: Collection[str], signals: Signals, *, where: str) -> None:
+    """Raise unless `signals` are those of one whole trajectory that a plan can read. `where` says which one.
+
+    Raises:
+        ValueError: names the trajectory and the signal, and the step at which a value is not finite.
+    """
+    missing = [name for name in reads if name not in signals]
+    if missing:
+        raise ValueError(f"`{where}` must contain all that the plan of {task!r} reads, but {missing} are missing.")
+    for name in reads:
+        value = signals[name]
+        if value.ndim == 0 or value.shape[:1] != signals["success"].shape or len(value) < 2:
+            raise ValueError(
+                f"`{where}[{name!r}]` must be of one trajectory of one or more steps, [T + 1] or [T + 1, D] like "
+                f"'success', {[*signals['success'].shape]}, got {[*value.shape]}."
+            )
+    check_finite(task, {name: signals[name] for name in reads}, where=where)
+
+
+def check_finite(task: str, signals: Signals, *, where: str, first_step: int = 0) -> None:
+    """Raise unless all rows of `signals` (name -> `[T]` or `[T, D]`) are finite. Row 0 is step `first_step` of `where`.
+
+    Raises:
+        ValueError: names the first signal that is not, the step, the value and `where` it comes from.
+    """
+    for name, value in signals.items():
+        rows = torch.nonzero(~torch.isfinite(value))
+        if len(rows):
+            index = tuple(rows[0].tolist())
+            raise ValueError(
+                f"`signals[{name!r}]` of task {task!r} must be finite, got {value[index].item()} at step "
+                f"{first_step + index[0]} of {where}. Leave that episode out, and look at what the simulator did there."
+            )
+
+
 def check_shape(task: str, stage: str, what: str, value: Tensor, lead: Size) -> Tensor:
     """Return `value` if it has the signals' leading shape. `what` is the field of the stage it came from.
 

@@ -77,6 +77,8 @@ class StageDPOTrainer(DPOTrainer):
     ):
         if not isinstance(args, StageDPOConfig):
             raise TypeError(f"`args` must be a StageDPOConfig, got {type(args).__name__}.")
+        # the parent looks at the first row before it asks us to prepare any
+        _require_pairs("train", train_dataset)
         # the parent's constructor comes back to these (`_prepare_dataset`, `compute_ref_log_probs`)
         self.policy, self.ref_policy = policy, ref_policy
         self.stage_names: list[str] = []
@@ -105,18 +107,11 @@ class StageDPOTrainer(DPOTrainer):
         self, dataset: Dataset, processing_class: Any, args: StageDPOConfig, dataset_name: str
     ) -> Dataset:
         """Check the rows. Reference scores they may carry are another trainer's: dropped."""
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"`{dataset_name}_dataset` must be a Dataset, got {type(dataset).__name__}. Use `pairs_dataset`."
-            )
+        _require_pairs(dataset_name, dataset)
         missing = [name for name in PAIR_FEATURES if name not in dataset.column_names]
         if missing:
             raise ValueError(
                 f"`{dataset_name}_dataset` must have the columns of `pairs_dataset`, got none of {missing}."
-            )
-        if len(dataset) == 0:
-            raise ValueError(
-                f"`{dataset_name}_dataset` must hold a pair, got none. Collect more, or see the pairs' yield."
             )
         stages = dict(zip(dataset["stage_name"], dataset["stage"], strict=True))
         whole = args.objective != "sta-tpo"
@@ -247,6 +242,15 @@ class StageDPOTrainer(DPOTrainer):
             super()._load_best_model()
         else:
             restore_weights(self.model, self.state.best_model_checkpoint)
+
+
+def _require_pairs(name: str, dataset: Any) -> None:
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"`{name}_dataset` must be a Dataset, got {type(dataset).__name__}. Use `pairs_dataset`.")
+    if len(dataset) == 0:
+        raise ValueError(
+            f"`{name}_dataset` must hold a pair, got none. Play more starts or episodes a start, and see the pairs' yield."
+        )
 
 
 def pair_metrics(records: Tensor, stage_names: Sequence[str]) -> dict[str, float]:

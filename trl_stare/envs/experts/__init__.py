@@ -5,5 +5,7 @@ it does can be imitated from a single image.
 """
 
 from trl_stare.envs.experts.pick_and_place import PickAndPlaceExpert
+from trl_stare.envs.experts.push import PushExpert
+from trl_stare.envs.experts.widowx import WidowXExpert
 
-__all__ = ["PickAndPlaceExpert"]
+__all__ = ["PickAndPlaceExpert", "PushExpert", "WidowXExpert"]

@@ -1,4 +1,4 @@
-"""A demonstrator that picks an object up and puts it down somewhere else."""
+"""A demonstrator that picks an object up and puts it down, or holds it, somewhere else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl_stare.interfaces import Signals
 
 @dataclass(frozen=True)
 class PickAndPlaceExpert:
-    """Picks an object and puts it down at a goal with a parallel gripper that points downwards.
+    """Picks an object and puts it down (or holds it) at a goal with a parallel gripper that points downwards.
 
     Args:
         hover (`float`): height in metres above the object (or the goal) at which the gripper travels sideways.
@@ -24,6 +24,7 @@ class PickAndPlaceExpert:
         align (`bool`): whether to turn the fingers parallel to the object's nearest face. A cube that fits between the open
             fingers in any orientation is turned by the closing fingers anyway: 99 of 100 seeds succeed with and without on
             StackCube-v1, and a policy that need not see the cube's angle is easier to imitate.
+        release (`bool`): whether to let go of the object at the goal, or to hold it there.
 
     Example: far from the object it moves with open fingers towards the point `hover` above the object.
     """
@@ -34,13 +35,14 @@ class PickAndPlaceExpert:
     speed: float = 0.7
     gain: float = 1.0
     align: bool = False
+    release: bool = True
 
     def __call__(self, signals: Signals) -> Tensor:
         """`[N, 7]` actions: translation, rotation (only about the vertical), gripper (+1 opens)."""
         tcp, obj, goal = (signals[name] for name in ("tcp_position", "object_position", "goal_position"))
         grasped = signals["is_grasped"]
         offset = obj - tcp
-        placed = ((obj - goal)[:, :2].norm(dim=-1) < 0.02) & ((obj - goal)[:, 2].abs() < 0.01)
+        placed = ((obj - goal)[:, :2].norm(dim=-1) < 0.02) & ((obj - goal)[:, 2].abs() < 0.01) & self.release
 
         target = torch.where(grasped[:, None], self._carry(tcp, obj, goal), self._approach(tcp, obj))
         close_enough = (offset[:, :2].norm(dim=-1) < self.near) & (offset[:, 2].abs() < self.reach)

@@ -2,6 +2,6 @@
 
 Importing this registers them."""
 
-from trl_stare.stages.tasks import pick_and_place
+from trl_stare.stages.tasks import bridge, pick_and_place, push
 
-__all__ = ["pick_and_place"]
+__all__ = ["bridge", "pick_and_place", "push"]

@@ -1,0 +1,85 @@
+"""Collect a dataset of stage-labelled trajectories: demonstrations, noisy ones, or rollouts of any checkpoint.
+
+    python recipes/collect.py --task StackCube-v1 --episodes 1000 --noise 0.08 --successes_only --output_dir data/demos
+    python recipes/collect.py --task StackCube-v1 --episodes 300 --policy outputs/ipi/imitation --output_dir data/rollouts
+
+Interrupt it whenever you like: every finished episode is kept, and the same command continues. The folder holds plain
+parquet files: `datasets.load_dataset("data/demos")` reads them, and `trl_stare.data.load_trajectories` gives tensors.
+"""
+
+import logging
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from tqdm.auto import tqdm
+from trl import TrlParser
+
+from trl_stare import get_plan, make_env
+from trl_stare.actors import load_actor
+from trl_stare.data import collect_dataset, stored_settings
+from trl_stare.tasks import import_tasks
+
+logger = logging.getLogger("collect")
+
+
+@dataclass
+class CollectArguments:
+    """What to collect."""
+
+    task: str = field(metadata={"help": "A registered task."})
+    output_dir: str = field(metadata={"help": "The dataset's folder."})
+    episodes: int = field(default=100, metadata={"help": "Episodes that the dataset shall hold."})
+    policy: str = field(default="expert", metadata={"help": "'expert', 'random', or a checkpoint (folder or Hub id)."})
+    noise: float = field(default=0.0, metadata={"help": "Share of the expert's steps that are random mistakes."})
+    successes_only: bool = field(default=False, metadata={"help": "Keep successful episodes only."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of a checkpoint; 0 is greedy."})
+    first_seed: int = field(default=100_000, metadata={"help": "Seed of the first episode; evaluations begin at 0."})
+    seed: int = field(default=0, metadata={"help": "Seed of the actor's randomness."})
+    num_envs: int = field(default=8, metadata={"help": "Environments, over all worker processes."})
+    num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default one per core."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels; default a checkpoint's, or the task's own."}
+    )
+    visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
+    task_module: str | None = field(
+        default=None, metadata={"help": "Module, or its file, that registers tasks of your own."}
+    )
+
+
+def main(args: CollectArguments) -> None:
+    """Collect until `output_dir` holds `episodes` episodes."""
+    import_tasks(args.task_module)
+    actor, plan = (
+        load_actor(args.policy, args.task, noise=args.noise, temperature=args.temperature),
+        get_plan(args.task),
+    )
+    settings = {"noise": args.noise} if args.policy == "expert" else {"temperature": args.temperature}
+    env = make_env(
+        args.task,
+        args.num_envs,
+        num_workers=args.num_workers,
+        chunk_size=actor.chunk_size,
+        image_size=args.image_size or actor.image_size,
+        visuals=args.visuals,
+    )
+    with closing(env), tqdm(total=args.episodes, desc=args.task, unit="episode") as bar:
+        folder = collect_dataset(
+            env,
+            actor.make,
+            args.output_dir,
+            plan,
+            episodes=args.episodes,
+            first_seed=args.first_seed,
+            seed=args.seed,
+            successes_only=args.successes_only,
+            name=actor.name,
+            settings=settings,
+            on_open=lambda count: bar.update(min(count, args.episodes)),
+            on_episode=lambda _: bar.update(),
+        )
+    logger.info("%s holds %d episodes", folder, len(stored_settings(folder)[0]))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(TrlParser(CollectArguments).parse_args_and_config()[0])

@@ -1,0 +1,110 @@
+"""Collections that are interrupted, continued and extended, on the real simulator."""
+
+import datasets
+import pytest
+import torch
+
+from trl_stare.actors import load_actor
+from trl_stare.data import collect_dataset, load_trajectories, stored_settings
+from trl_stare.envs import make_env
+from trl_stare.stages import get_plan
+
+TASK = "StackCube-v1"
+PLAN = get_plan(TASK)
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = make_env(TASK, num_envs=4, num_workers=2, image_size=16)
+    yield env
+    env.close()
+
+
+def collected(env, folder, episodes, *, noise=0.0, **options):
+    actor = load_actor("expert", TASK, noise=noise)
+    collect_dataset(
+        env, actor.make, folder, PLAN, episodes=episodes, name="expert", settings={"noise": noise}, **options
+    )
+    return load_trajectories(folder)
+
+
+def test_a_dataset_that_load_dataset_reads(env, tmp_path):
+    trajectories = collected(env, tmp_path / "demos", 5, first_seed=10)
+    assert [trajectory.seed for trajectory in trajectories] == [10, 11, 12, 13, 14]
+    assert all(trajectory.policy == "expert" for trajectory in trajectories)
+    rows = datasets.load_dataset(str(tmp_path / "demos"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows["id"] == [0, 1, 2, 3, 4] and rows[0]["stage_names"] == list(PLAN.names)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["demos"]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_collection_keeps_what_is_finished_and_continues(env, tmp_path):
+    done = []
+
+    def interrupt(trajectory):
+        done.append(trajectory.seed)
+        if len(done) == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        collected(env, tmp_path / "demos", 6, on_episode=interrupt)
+    assert not (tmp_path / "demos").exists()
+    seen, again = [], []
+    trajectories = collected(
+        env, tmp_path / "demos", 6, on_open=seen.append, on_episode=lambda trajectory: again.append(trajectory.seed)
+    )
+    assert seen == [3] and sorted(done + again) == list(range(6))
+    assert [trajectory.seed for trajectory in trajectories] == list(range(6))
+    # a demonstrator without noise shows the same whether or not it was interrupted
+    for one, two in zip(trajectories, collected(env, tmp_path / "at_once", 6), strict=True):
+        assert torch.equal(one.actions, two.actions) and torch.equal(one.images, two.images)
+
+
+def test_a_finished_collection_is_left_alone_and_can_be_extended(env, tmp_path):
+    collected(env, tmp_path / "demos", 3)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "demos").iterdir()}
+    collected(env, tmp_path / "demos", 3)
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "demos").iterdir()}
+    assert [trajectory.seed for trajectory in collected(env, tmp_path / "demos", 5)] == [0, 1, 2, 3, 4]
+
+
+def test_other_settings_are_refused(env, tmp_path):
+    collected(env, tmp_path / "demos", 2)
+    with pytest.raises(ValueError, match=r"must be new or of the same collection, got .*demos.* with other \['collec"):
+        collected(env, tmp_path / "demos", 3, noise=0.5)
+
+
+def test_successes_only_and_the_same_twice(env, tmp_path):
+    noisy = [collected(env, tmp_path / name, 4, noise=0.3, successes_only=True) for name in ("a", "b")]
+    assert len(noisy[0]) == 4 and all(trajectory.success_once for trajectory in noisy[0])
+    assert [trajectory.seed for trajectory in noisy[0]] == [trajectory.seed for trajectory in noisy[1]]
+    assert all(torch.equal(one.actions, two.actions) for one, two in zip(*noisy, strict=True))
+    seeds, notes = stored_settings(tmp_path / "a")
+    assert seeds == [trajectory.seed for trajectory in noisy[0]] and notes[0]["collection"]["noise"] == 0.3
+
+
+def test_a_hopeless_collection_gives_up(env, tmp_path):
+    actor = load_actor("random", TASK)
+    with pytest.raises(RuntimeError, match=r"only 0 of \d+ episodes succeeded"):
+        collect_dataset(env, actor.make, tmp_path / "demos", PLAN, episodes=1, successes_only=True)
+
+
+@pytest.mark.parametrize(
+    ("policy", "task", "noise", "message"),
+    [
+        ("expert", "StackCub-v1", 0.0, "Did you mean 'StackCube-v1'"),
+        ("random", TASK, 0.1, "`noise` must be 0 unless the expert acts"),
+        ("expert", TASK, 1.5, r"`noise` must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_actors_that_cannot_be(policy, task, noise, message):
+    with pytest.raises(ValueError, match=message):
+        load_actor(policy, task, noise=noise)
+
+
+def test_no_episodes(env, tmp_path):
+    with pytest.raises(ValueError, match="`episodes` must be at least 1, got 0"):
+        collected(env, tmp_path / "demos", 0)

@@ -1,0 +1,32 @@
+"""Whose a run's folder is, and how its seconds add up."""
+
+import json
+
+import pytest
+import yaml
+
+from trl_stare.runs import Stopwatch, claim_folder
+
+
+def test_a_new_folder_keeps_the_settings(tmp_path):
+    folder = claim_folder(tmp_path / "a" / "run", {"seed": 1, "policy": {"num_bins": 33}})
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {"seed": 1, "policy": {"num_bins": 33}}
+
+
+def test_the_same_settings_continue_and_others_are_refused(tmp_path):
+    claim_folder(tmp_path, {"seed": 1, "phases": "a,b"})
+    claim_folder(tmp_path, {"seed": 1, "phases": "b"}, free=("phases",))
+    with pytest.raises(ValueError, match=r"must be new or of the same run, got .* has other \['seed'\]"):
+        claim_folder(tmp_path, {"seed": 2, "phases": "b"}, free=("phases",))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 1
+
+
+def test_seconds_add_up_over_runs_and_count_failures(tmp_path):
+    (tmp_path / "timing.json").write_text(json.dumps({"training": 100.0}))
+    watch = Stopwatch(tmp_path / "timing.json")
+    with pytest.raises(KeyError), watch("training"):
+        raise KeyError
+    with watch("videos"):
+        pass
+    seconds = json.loads((tmp_path / "timing.json").read_text())
+    assert 100.0 < seconds["training"] < 110.0 and 0.0 <= seconds["videos"] < 10.0

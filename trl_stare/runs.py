@@ -1,0 +1,55 @@
+"""What a run leaves in its folder besides results: the settings it belongs to, and how long its parts took."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def claim_folder(folder: str | Path, settings: Mapping[str, Any], *, free: Collection[str] = ()) -> Path:
+    """Make `folder` and write `settings` to its `config.yaml`, or see that it belongs to this very configuration.
+
+    Args:
+        folder (`str` or `Path`): of a new run, or of one to continue.
+        settings (`Mapping`): plain values that YAML can hold.
+        free (`Collection[str]`): settings that may differ when a run is continued.
+
+    Raises:
+        ValueError: if a run with other settings is there; names them.
+    """
+    folder = Path(folder)
+    file = folder / "config.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        before = yaml.safe_load(file.read_text())
+        changed = sorted(key for key in settings if before.get(key) != settings[key] and key not in free)
+        if changed:
+            raise ValueError(
+                f"`output_dir` must be new or of the same run, got {folder} whose config.yaml has other {changed}. "
+                "Use another `output_dir`, or the same settings to continue."
+            )
+    file.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
+    return folder
+
+
+class Stopwatch:
+    """Adds up seconds by name, in a file, so that a continued run counts all of them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.path.write_text(json.dumps(self.seconds, indent=2))
