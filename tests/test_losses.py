@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from trl_stare.losses import gae, ppo_policy_loss, ppo_value_loss, stage_preference_loss
+from trl_stare.losses import (
+    PREFERENCE_LOSSES,
+    gae,
+    margin_loss,
+    ppo_policy_loss,
+    ppo_value_loss,
+    stage_preference_loss,
+)
 
 
 def column(values, dtype=torch.float64):
@@ -282,3 +289,55 @@ class TestStagePreferenceLoss:
         for name, value in [("beta", 0.0), ("beta", math.nan), ("cost_coef", -0.1), ("margin_sign", 0)]:
             with pytest.raises(ValueError, match=f"`{name}` must be"):
                 stage_preference_loss(*inputs, **(options | {name: value}))
+
+
+class TestMarginLoss:
+    # loss, beta, label_smoothing, margin -> value, by hand
+    TABLE = [
+        ("sigmoid", 1.0, 0.0, 0.0, math.log(2)),
+        ("sigmoid", 2.0, 0.0, math.log(3) / 2, math.log(4 / 3)),
+        ("hinge", 0.5, 0.0, 1.0, 0.5),
+        ("hinge", 1.0, 0.0, 2.0, 0.0),
+        ("hinge", 1.0, 0.0, -2.0, 3.0),
+        ("ipo", 0.5, 0.0, 1.0, 0.0),
+        ("ipo", 0.25, 0.0, 5.0, 9.0),
+        ("robust", 1.0, 0.25, math.log(3), 1.5 * math.log(4 / 3) - 0.5 * math.log(4)),
+        ("robust", 1.0, 0.0, math.log(3), math.log(4 / 3)),
+    ]
+
+    @pytest.mark.parametrize(("loss_type", "beta", "smoothing", "margin", "expected"), TABLE)
+    def test_literal_values(self, loss_type, beta, smoothing, margin, expected):
+        margins = torch.tensor([margin], dtype=torch.float64)
+        loss = margin_loss(margins, beta=beta, loss_type=loss_type, label_smoothing=smoothing)
+        assert loss.item() == pytest.approx(expected, abs=1e-12)
+
+    def test_robust_is_unbiased_under_flipped_labels(self):
+        """Chowdhury et al. 2024, lemma 3.1: with a share `e` of labels flipped its mean is the clean sigmoid loss."""
+        margins, e = torch.linspace(-3, 3, 13, dtype=torch.float64), 0.2
+        there, flipped = (margin_loss(m, beta=0.7, loss_type="robust", label_smoothing=e) for m in (margins, -margins))
+        torch.testing.assert_close((1 - e) * there + e * flipped, margin_loss(margins, beta=0.7))
+
+    @pytest.mark.parametrize("loss_type", PREFERENCE_LOSSES)
+    def test_a_pair_that_is_wrong_costs_more(self, loss_type):
+        wrong, right = margin_loss(torch.tensor([-0.3, 0.3]), beta=1.0, loss_type=loss_type)
+        assert wrong > right
+
+    @pytest.mark.parametrize("loss_type", PREFERENCE_LOSSES)
+    def test_the_stage_loss_is_this_of_its_margin(self, loss_type):
+        inputs = TestStagePreferenceLoss.draw()
+        losses, logits = stage_preference_loss(*inputs, beta=0.5, cost_coef=0.3, loss_type=loss_type)
+        torch.testing.assert_close(losses, margin_loss(logits / 0.5, beta=0.5, loss_type=loss_type))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"loss_type": "apo_zero"}, "`loss_type` must be one of .* got 'apo_zero'"),
+            ({"label_smoothing": 0.1}, "`label_smoothing` must be .* except for 'robust', got 0.1"),
+            ({"loss_type": "robust", "label_smoothing": 0.5}, "`label_smoothing`"),
+            ({"loss_type": "robust", "label_smoothing": -0.1}, "`label_smoothing`"),
+            ({"beta": math.nan}, "`beta`"),
+        ],
+    )
+    def test_refusals(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            margin_loss(torch.zeros(2), **({"beta": 1.0} | options))

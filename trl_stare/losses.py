@@ -15,6 +15,9 @@ from torch.nn import functional as F
 RATIO_LEVELS = ("token", "action", "chunk")
 """Over how many action tokens one importance ratio of PPO is taken: one, one environment step's, one decision's."""
 
+PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "robust")
+"""The losses of TRL's `DPOTrainer` that are functions of one margin per pair."""
+
 
 class PolicyLoss(NamedTuple):
     """What [`ppo_policy_loss`] returns; all scalars.
@@ -194,6 +197,46 @@ def ppo_value_loss(
     return losses.mean()
 
 
+def margin_loss(margins: Tensor, *, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    """The losses of TRL's `DPOTrainer` that are functions of one margin `m` per pair, by TRL's names.
+
+    - `sigmoid` (DPO, arXiv 2305.18290, eq. 7): `-log sigmoid(beta * m)`
+    - `hinge` (SLiC, arXiv 2305.10425): `max(0, 1 - beta * m)`
+    - `ipo` (arXiv 2310.12036, eq. 17): `(m - 1 / (2 * beta))^2`; `beta` is the paper's `tau`
+    - `robust` (arXiv 2403.00409): `(-(1 - e) * log sigmoid(beta * m) + e * log sigmoid(-beta * m)) / (1 - 2 * e)`,
+      whose mean over labels that are flipped with probability `e` is the sigmoid loss of the true ones
+
+    Args:
+        margins (`Tensor`): `[P]`, the chosen side's score minus the rejected one's, differentiable.
+        beta (`float`): > 0. loss_type (`str`): one of [`PREFERENCE_LOSSES`].
+        label_smoothing (`float`): `e` in [0, 0.5), of `robust` only; 0 is `sigmoid`.
+
+    Returns:
+        `Tensor`: `[P]` losses.
+
+    Raises:
+        ValueError: if an argument is out of range, or the loss is another.
+
+    Example: margin 1, beta 0.5: `hinge` 0.5, `ipo` 0 (its target is 1 / (2 beta) = 1), `sigmoid` log(1 + e^-0.5) = 0.474.
+    """
+    _check_shapes(margins.shape, 1, margins=margins)
+    if not beta > 0:
+        raise ValueError(f"`beta` must be positive, got {beta}.")
+    if loss_type not in PREFERENCE_LOSSES:
+        raise ValueError(
+            f"`loss_type` must be one of {PREFERENCE_LOSSES}, got {loss_type!r}: it needs a scalar margin."
+        )
+    if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type != "robust"):
+        raise ValueError(f"`label_smoothing` must be in [0, 0.5), 0 except for 'robust', got {label_smoothing}.")
+    if loss_type == "ipo":
+        return (margins - 1 / (2 * beta)).square()
+    logits = beta * margins
+    if loss_type == "hinge":
+        return F.relu(1 - logits)
+    kept, flipped = (1 - label_smoothing) * F.logsigmoid(logits), label_smoothing * F.logsigmoid(-logits)
+    return (flipped - kept) / (1 - 2 * label_smoothing)
+
+
 def stage_preference_loss(
     chosen_scores: Tensor,
     rejected_scores: Tensor,
@@ -205,11 +248,13 @@ def stage_preference_loss(
     beta: float,
     cost_coef: float,
     margin_sign: int = 1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """StA-TPO (arXiv 2512.05107), `-log sigmoid(beta * (q_hat(tau+) - q_hat(tau-)))`.
 
-    `q_hat = score - ref - s * lambda * cost` of one stage.
+    `q_hat = score - ref - s * lambda * cost` of one stage. With another `loss_type`, [`margin_loss`] of the difference.
 
     Args:
         chosen_scores (`Tensor`): `[P]`, mean over the stage's steps of `log pi(a_t | s_t)`, differentiable.
@@ -218,13 +263,14 @@ def stage_preference_loss(
         beta (`float`): > 0. cost_coef (`float`): `lambda` >= 0; 0 leaves costs out.
         margin_sign (`int`): `s`. +1 as the paper states it: a pair that costs tell apart already is pushed *less*. -1
             is ODPO's (arXiv 2402.10571): it has to be told apart by a larger margin.
+        loss_type (`str`), label_smoothing (`float`): see [`margin_loss`].
         weights (`Tensor`, *optional*): `[P]`, multiply the losses (weights of stages).
 
     Returns:
-        `tuple[Tensor, Tensor]`: `[P]` losses, and `[P]` logits (the sigmoid's argument), > 0 where the pair is right.
+        `tuple[Tensor, Tensor]`: `[P]` losses, and `[P]` logits, `beta` times the margin, > 0 where the pair is right.
 
     Raises:
-        ValueError: if shapes differ, or `beta`, `cost_coef` or `margin_sign` is invalid.
+        ValueError: if shapes differ, or an option is invalid.
 
     Example: scores 2 and 1, references 0, costs 0.5 and 1.5, beta 1, lambda 0.1: logit 1.1 as stated, 0.9 with -1.
     """
@@ -239,14 +285,12 @@ def stage_preference_loss(
     if weights is not None:
         given["weights"] = weights
     _check_shapes(chosen_scores.shape, 1, **given)
-    if not beta > 0:
-        raise ValueError(f"`beta` must be positive, got {beta}.")
     if not cost_coef >= 0:
         raise ValueError(f"`cost_coef` must be >= 0, got {cost_coef}. The sign is `margin_sign`.")
     if margin_sign not in (1, -1):
         raise ValueError(f"`margin_sign` must be 1 (as stated) or -1 (ODPO), got {margin_sign}.")
     chosen = chosen_scores - ref_chosen - margin_sign * cost_coef * chosen_costs
     rejected = rejected_scores - ref_rejected - margin_sign * cost_coef * rejected_costs
-    logits = beta * (chosen - rejected)
-    losses = -F.logsigmoid(logits)
-    return (losses if weights is None else weights * losses), logits
+    margins = chosen - rejected
+    losses = margin_loss(margins, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing)
+    return (losses if weights is None else weights * losses), beta * margins

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_stare.data.pairs import OUTCOMES, build_pairs, format_yield
+from trl_stare.data.pairs import OUTCOMES, build_pairs, format_yield, load_yield, save_yield, yield_file
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.stages import Stage, StagePlan, succeeded
 
@@ -85,8 +85,8 @@ def table(pairs):
     ]
 
 
-def counts(made=0, not_reached=0, both_failed=0, gap_too_small=0, no_decision=0, capped=0):
-    return dict(zip(OUTCOMES, (made, not_reached, both_failed, gap_too_small, no_decision, capped), strict=True))
+def counts(**given):
+    return dict.fromkeys(OUTCOMES, 0) | given
 
 
 CASES = {
@@ -165,6 +165,36 @@ def test_the_cap_holds_per_start_and_stage_and_counts_what_it_leaves_out():
     assert any(build_pairs(trajectories, PLAN, max_pairs_per_start=4, seed=s).pairs != capped.pairs for s in range(5))
 
 
+def test_balance_keeps_as_many_pairs_of_every_stage_as_the_rarest_has():
+    trajectories = [FAST, STUCK, STUCK, LOST, LOST]
+    everything = build_pairs(trajectories, PLAN)
+    balanced = build_pairs(trajectories, PLAN, balance=True, seed=3)
+    assert everything.yield_table == {
+        "Reach": counts(made=6, gap_too_small=3, both_failed=1),
+        "Finish": counts(made=2, not_reached=7, both_failed=1),
+    }
+    assert balanced.yield_table == {
+        "Reach": counts(made=2, balanced=4, gap_too_small=3, both_failed=1),
+        "Finish": counts(made=2, not_reached=7, both_failed=1),
+    }
+    assert [pair for pair in everything.pairs if pair in balanced.pairs] == list(balanced.pairs)
+    assert [pair.stage_name for pair in balanced.pairs] == ["Reach", "Reach", "Finish", "Finish"]
+    assert balanced.pairs == build_pairs(trajectories, PLAN, balance=True, seed=3).pairs
+    assert any(build_pairs(trajectories, PLAN, balance=True, seed=s).pairs != balanced.pairs for s in range(5))
+
+
+def test_a_stage_without_pairs_does_not_empty_the_others():
+    balanced = build_pairs([STUCK, STUCK, LOST], PLAN, balance=True)
+    assert [row["made"] for row in balanced.yield_table.values()] == [2, 0]
+    assert build_pairs([LOST, LOST], PLAN, balance=True).pairs == ()
+
+
+def test_the_balance_comes_after_the_cap():
+    trajectories = [FAST, STUCK, STUCK, LOST, LOST]
+    reach = build_pairs(trajectories, PLAN, max_pairs_per_start=3, balance=True).yield_table["Reach"]
+    assert (reach["made"], reach["capped"], reach["balanced"]) == (2, 3, 1)
+
+
 @pytest.mark.parametrize("objective", ["tpo-mean", "tpo-sum"])
 def test_whole_trajectories_pair_success_with_failure(objective):
     result = build_pairs([LOST, FAST, SLOW, STUCK], PLAN, objective=objective)
@@ -180,15 +210,23 @@ def test_whole_trajectories_pair_success_with_failure(objective):
 
 def test_every_comparison_is_accounted_for():
     trajectories = [FAST, SLOW, STUCK, LOST, STUCK]
-    for row in build_pairs(trajectories, PLAN, max_pairs_per_start=2).yield_table.values():
+    for row in build_pairs(trajectories, PLAN, max_pairs_per_start=2, balance=True).yield_table.values():
         assert sum(row.values()) == 5 * 4 // 2
 
 
 def test_the_table_reads_as_text():
     lines = format_yield({"Reach": counts(made=12, both_failed=3)}).splitlines()
     assert lines[0].split() == ["stage", *OUTCOMES]
-    assert lines[1].split() == ["Reach", "12", "0", "3", "0", "0", "0"]
+    assert lines[1].split() == ["Reach", "12", "0", "3", "0", "0", "0", "0"]
     assert len(lines[0]) == len(lines[1])
+
+
+def test_the_table_lies_beside_the_pairs(tmp_path):
+    table = build_pairs([STUCK, LOST], PLAN).yield_table
+    assert load_yield(tmp_path / "pairs") is None
+    assert save_yield(table, tmp_path / "pairs") == yield_file(tmp_path / "pairs") == tmp_path / "pairs_yield.json"
+    assert load_yield(tmp_path / "pairs") == table
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs_yield.json"]
 
 
 @pytest.mark.parametrize(

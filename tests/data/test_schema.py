@@ -22,45 +22,6 @@ from trl_stare.stages import get_plan  # noqa: E402
 PLAN = get_plan("StackCube-v1")
 
 
-def episode(seed: int, *, num_steps: int = 6, traced: bool = True, success_at: int | None = None) -> Trajectory:
-    """Noise in the shapes of StackCube-v1, with a contact at row 2."""
-    g = torch.Generator().manual_seed(seed)
-    rows, starts = num_steps + 1, torch.arange(0, num_steps, 4)
-    success = torch.zeros(rows, dtype=torch.bool)
-    if success_at is not None:
-        success[success_at:] = True
-    noise = {
-        name: torch.rand(rows, size, generator=g)
-        for name, size in {
-            "tcp_position": 3,
-            "object_position": 3,
-            "goal_position": 3,
-            "object_lift": 1,
-            "gripper_width": 1,
-        }.items()
-    }
-    return Trajectory(
-        task="StackCube-v1",
-        instruction="stack the red cube",
-        seed=seed,
-        policy="toy",
-        images=torch.randint(0, 256, (len(starts), 8, 10, 3), generator=g, dtype=torch.uint8),
-        state=torch.randn(len(starts), 5, generator=g),
-        starts=starts,
-        actions=torch.randn(num_steps, 7, generator=g),
-        labels=torch.randn(num_steps, 7, generator=g),
-        trace=torch.randint(0, 33, (len(starts), 28), generator=g) if traced else None,
-        logps=-torch.rand(len(starts), 28, generator=g) if traced else None,
-        features=torch.zeros(len(starts), 3) if traced else None,
-        final_image=torch.randint(0, 256, (8, 10, 3), generator=g, dtype=torch.uint8),
-        final_state=torch.randn(5, generator=g),
-        signals=noise | {"is_contact": torch.arange(rows) >= 2, "is_grasped": success, "success": success},
-        reward=success[1:].float(),
-        terminated=success_at is not None,
-        truncated=success_at is None,
-    )
-
-
 def assert_equal(left: Trajectory, right: Trajectory):
     for field in fields(Trajectory):
         a, b = getattr(left, field.name), getattr(right, field.name)
@@ -75,7 +36,7 @@ def assert_equal(left: Trajectory, right: Trajectory):
 
 
 @pytest.mark.parametrize("traced", [True, False])
-def test_trajectories_come_back_exactly(tmp_path, monkeypatch, traced):
+def test_trajectories_come_back_exactly(tmp_path, episode, monkeypatch, traced):
     monkeypatch.setattr(schema, "EPISODES_PER_SHARD", 2)
     episodes = [
         episode(seed, num_steps=5 + seed, traced=traced, success_at=4 if seed % 2 else None) for seed in range(5)
@@ -89,7 +50,7 @@ def test_trajectories_come_back_exactly(tmp_path, monkeypatch, traced):
         assert_equal(replace(before, features=None), after)
 
 
-def test_plain_load_dataset_shows_the_stages(tmp_path):
+def test_plain_load_dataset_shows_the_stages(tmp_path, episode):
     first = episode(0, num_steps=6, success_at=4)
     save_trajectories([first, episode(1)], tmp_path / "rollouts", PLAN, metadata={"visuals": "light"})
     rows = load_dataset(str(tmp_path / "rollouts"), split="train", cache_dir=str(tmp_path / "cache"))
@@ -108,14 +69,14 @@ def test_plain_load_dataset_shows_the_stages(tmp_path):
     assert row["metadata"] == '{"visuals": "light"}'
 
 
-def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
+def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path, episode):
     save_trajectories([episode(seed) for seed in range(3)], tmp_path / "rollouts", PLAN)
     save_trajectories([episode(9)], tmp_path / "rollouts", PLAN)
     assert [t.seed for t in load_trajectories(tmp_path / "rollouts")] == [9]
     assert [path.name for path in tmp_path.iterdir()] == ["rollouts"]
 
 
-def test_a_failed_save_keeps_what_was_there(tmp_path):
+def test_a_failed_save_keeps_what_was_there(tmp_path, episode):
     save_trajectories([episode(3)], tmp_path / "rollouts", PLAN)
     broken = replace(episode(4), task="Other-v1")
     with pytest.raises(ValueError, match="'Other-v1' at 1"):
@@ -123,7 +84,7 @@ def test_a_failed_save_keeps_what_was_there(tmp_path):
     assert [t.seed for t in load_trajectories(tmp_path / "rollouts")] == [3]
 
 
-def test_saving_refuses_what_it_cannot_keep(tmp_path):
+def test_saving_refuses_what_it_cannot_keep(tmp_path, episode):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     one = episode(0)
@@ -149,7 +110,7 @@ def test_pairs_come_back_exactly(tmp_path, pairs):
     assert load_pairs(tmp_path / "preferences") == pairs
 
 
-def test_a_file_that_is_not_ours_names_itself_and_the_column(tmp_path):
+def test_a_file_that_is_not_ours_names_itself_and_the_column(tmp_path, episode):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_trajectories(tmp_path / "nowhere")
     folder = tmp_path / "rollouts"

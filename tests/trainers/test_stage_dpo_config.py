@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig
-from trl_stare.trainers.stage_dpo_trainer import pair_metrics
+from trl_stare.trainers.stage_dpo_metrics import pair_metrics
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,9 @@ from trl_stare.trainers.stage_dpo_trainer import pair_metrics
         ({"stage_weights": [1.0], "objective": "tpo-mean"}, "`stage_weights`"),
         ({"step_micro_batch_size": 0}, "`step_micro_batch_size`"),
         ({"max_length": 512}, "`max_length`"),
-        ({"loss_type": ["ipo"]}, "`loss_type`"),
+        ({"loss_type": ["apo_zero"]}, "`loss_type` must be one of .* got ..apo_zero"),
+        ({"loss_type": ["sigmoid", "ipo"]}, "`loss_type`"),
+        ({"label_smoothing": 0.5, "loss_type": "robust"}, "`label_smoothing`"),
         ({"precompute_ref_log_probs": False}, "`precompute_ref_log_probs`"),
         ({"label_smoothing": 0.1}, "`label_smoothing`"),
     ],
@@ -35,11 +37,14 @@ def test_defaults_are_those_of_method_md(tmp_path):
 
 
 def test_pair_metrics_by_hand():
-    records = torch.tensor([[0, 0.5, 1.0, 0.0], [1, 0.9, 0.0, 2.0]])
+    records = torch.tensor([[0, 0.5, 1.0, 0.0, -3.0, -4.0, 0.25, 1.5], [1, 0.9, 0.0, 2.0, -5.0, -6.0, 0.0, 0.5]])
     metrics = pair_metrics(records, ["Reach", "Grasp", "Transport"])
-    assert metrics["rewards/margins"] == -0.5
-    assert metrics["rewards/accuracies"] == 0.5
-    assert metrics["stage/Reach/margin"] == 1.0
+    assert (metrics["rewards/margins"], metrics["rewards/accuracies"]) == (-0.5, 0.5)
+    assert (metrics["logps/chosen"], metrics["logps/rejected"]) == (-4.0, -5.0)
+    reach = {name.removeprefix("stage/Reach/"): value for name, value in metrics.items() if "Reach" in name}
+    assert reach == {
+        "loss": 0.5, "margin": 1.0, "accuracy": 1.0, "pairs": 1.0,
+        "chosen_score": -3.0, "rejected_score": -4.0, "chosen_cost": 0.25, "rejected_cost": 1.5,
+    }  # fmt: skip
     assert metrics["stage/Grasp/accuracy"] == 0.0
-    assert metrics["stage/Grasp/pairs"] == 1.0
     assert not any("Transport" in name for name in metrics)

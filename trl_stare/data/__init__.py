@@ -3,16 +3,20 @@
 from trl_stare.data.collators import pairs_dataset
 from trl_stare.data.collection import collect_dataset
 from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_dataset
+from trl_stare.data.folder import TrajectoryFolder
 from trl_stare.data.pairs import PairSet, StagePair, build_pairs, format_yield
 from trl_stare.data.rollout import collect, demonstrate, demonstrate_successes, play, replay, stream
 from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories, stored_settings
 from trl_stare.data.trajectory import Trajectory
+from trl_stare.data.validate import InvalidDatasetError, validate_dataset
 
 __all__ = [
     "DemonstrationCollator",
+    "InvalidDatasetError",
     "PairSet",
     "StagePair",
     "Trajectory",
+    "TrajectoryFolder",
     "build_pairs",
     "collect",
     "collect_dataset",
@@ -29,4 +33,5 @@ __all__ = [
     "save_trajectories",
     "stored_settings",
     "stream",
+    "validate_dataset",
 ]

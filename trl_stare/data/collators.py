@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from torch import Tensor
@@ -17,6 +21,8 @@ from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import Observation
 
 SIDES = ("chosen", "rejected")
+ROWS_PER_TABLE = 64
+"""Pairs that are converted at once: what is in memory beside the dataset itself."""
 
 # No column may be called `image` or `images`: DPOTrainer would take the rows for chats with pictures.
 PAIR_FEATURES = Features(
@@ -41,22 +47,48 @@ PAIR_FEATURES = Features(
 """Columns of a training row: a pair with the `M` decisions of each side's segment."""
 
 
-def pairs_dataset(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]) -> Dataset:
+def pairs_dataset(
+    trajectories: Sequence[Trajectory], pairs: Sequence[StagePair], *, file: str | Path | None = None
+) -> Dataset:
     """Put the decisions of each pair's segments into one row per pair, for [`StageDPOTrainer`].
 
     Args:
-        trajectories (`Sequence[Trajectory]`): the list the pairs were built from.
+        trajectories (`Sequence[Trajectory]`): what the pairs were built from; a [`TrajectoryFolder`] stays on disk.
         pairs (`Sequence[StagePair]`): see [`build_pairs`].
+        file (`str` or `Path`, *optional*): an Arrow file that the rows are written to and mapped from, for datasets that
+            are larger than memory. Without it they are kept in memory.
 
     Raises:
         ValueError: if a pair refers to a trajectory that is not there, is of another start, has no trace, or if a
             segment holds no decision.
     """
-    frames: dict[
-        tuple[int, int], dict[str, Any]
-    ] = {}  # an episode takes part in many pairs: each image is encoded once
-    rows = []
+    tables = _tables(_rows(trajectories, pairs))
+    if file is None:
+        return Dataset(pa.concat_tables([PAIR_FEATURES.arrow_schema.empty_table(), *tables]))
+    partial = Path(file).with_name(f".partial-{Path(file).name}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with pa.ipc.new_stream(str(partial), PAIR_FEATURES.arrow_schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    os.replace(partial, file)
+    return Dataset.from_file(str(file))
+
+
+def _tables(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
+    """Rows in tables of `ROWS_PER_TABLE`, the last one shorter."""
+    while block := list(islice(rows, ROWS_PER_TABLE)):
+        columns = {name: [row[name] for row in block] for name in PAIR_FEATURES}
+        yield Dataset.from_dict(columns, features=PAIR_FEATURES).data.table.cast(PAIR_FEATURES.arrow_schema)
+
+
+def _rows(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]) -> Iterator[dict[str, Any]]:
+    # an episode takes part in many pairs of its start, which follow one another: each image is encoded once
+    frames: dict[tuple[int, int], dict[str, Any]] = {}
+    start = None
     for position, pair in enumerate(pairs):
+        if (pair.instruction, pair.seed) != start:
+            start = pair.instruction, pair.seed
+            frames.clear()
         row: dict[str, Any] = {
             name: getattr(pair, name) for name in ("task", "instruction", "seed", "stage", "stage_name")
         }
@@ -75,8 +107,7 @@ def pairs_dataset(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]
             row[f"{side}_state"] = trajectory.state[decisions].numpy()
             row[f"{side}_trace"] = trajectory.trace[decisions].numpy()
             row[f"{side}_cost"] = getattr(pair, f"{side}_cost")
-        rows.append(row)
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in PAIR_FEATURES}, features=PAIR_FEATURES)
+        yield row
 
 
 def _find(trajectories: Sequence[Trajectory], pair: StagePair, index: int, position: int) -> Trajectory:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 from trl_stare.data.trajectory import Trajectory
@@ -15,8 +18,9 @@ from trl_stare.stages import Segment, StagePlan, segment
 WHOLE_TRAJECTORY = "trajectory"
 """Stage name of a pair that compares whole trajectories (TPO)."""
 
-OUTCOMES = ("made", "not_reached", "both_failed", "gap_too_small", "no_decision", "capped")
-"""What became of two episodes of one start in one stage: columns of the yield table."""
+OUTCOMES = ("made", "not_reached", "both_failed", "gap_too_small", "no_decision", "capped", "balanced")
+"""What became of two episodes of one start in one stage: columns of the yield table. `capped` and `balanced` are pairs
+that the options of these names left out."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def build_pairs(
     objective: str = "sta-tpo",
     min_cost_gap: float = 0.02,
     max_pairs_per_start: int | None = None,
+    balance: bool = False,
     seed: int = 0,
 ) -> PairSet:
     """Compare every two episodes with the same task, seed and instruction.
@@ -82,7 +87,9 @@ def build_pairs(
             without cost, so that a pair is a success against a failure.
         min_cost_gap (`float`): smallest difference of costs that counts, >= 0.
         max_pairs_per_start (`int`, *optional*): most pairs of one stage from one seed; a random choice is kept.
-        seed (`int`): of that choice.
+        balance (`bool`): keep as many pairs of every stage as the stage with the fewest has, at random, after the cap.
+            Stages without any pair do not count.
+        seed (`int`): of these choices.
 
     Raises:
         ValueError: if an episode is of another task, or an argument out of range.
@@ -114,6 +121,8 @@ def build_pairs(
             table[name]["made"] += len(kept)
             table[name]["capped"] += len(made) - len(kept)
             pairs.extend(kept)
+    if balance:
+        pairs = _balance(pairs, table, chooser)
     return PairSet(tuple(pairs), {name: {outcome: table[name][outcome] for outcome in OUTCOMES} for name in names})
 
 
@@ -124,6 +133,44 @@ def format_yield(yield_table: Mapping[str, Mapping[str, int]]) -> str:
     for name, counts in yield_table.items():
         lines.append("  ".join([f"{name:{width}}", *(f"{counts[outcome]:>{len(outcome)}}" for outcome in OUTCOMES)]))
     return "\n".join(lines)
+
+
+def yield_file(folder: str | Path) -> Path:
+    """Where the yield table of the pairs in `folder` lies: beside it, as the folder holds parquet files only.
+
+    Example: `yield_file("data/pairs")` is `data/pairs_yield.json`.
+    """
+    folder = Path(folder)
+    return folder.with_name(f"{folder.name}_yield.json")
+
+
+def save_yield(yield_table: Mapping[str, Mapping[str, int]], folder: str | Path) -> Path:
+    """Write [`PairSet`]'s `yield_table` beside the folder of its pairs, all or nothing; returns the file."""
+    file = yield_file(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".{file.name}.new")
+    new.write_text(json.dumps(yield_table, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, file)
+    return file
+
+
+def load_yield(folder: str | Path) -> dict[str, dict[str, int]] | None:
+    """Read what [`save_yield`] wrote; `None` if it wrote nothing for this folder."""
+    file = yield_file(folder)
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _balance(pairs: Sequence[StagePair], table: Mapping[str, Counter[str]], chooser: random.Random) -> list[StagePair]:
+    """As many pairs of every stage, in their order; what is left out is moved to `balanced` in `table`."""
+    stages: dict[str, list[int]] = defaultdict(list)
+    for index, pair in enumerate(pairs):
+        stages[pair.stage_name].append(index)
+    size = min(map(len, stages.values()), default=0)
+    kept = sorted(index for indices in stages.values() for index in chooser.sample(indices, size))
+    for name, indices in stages.items():
+        table[name]["balanced"] = len(indices) - size
+        table[name]["made"] = size
+    return [pairs[index] for index in kept]
 
 
 def _compare(

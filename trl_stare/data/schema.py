@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from torch import Tensor
 
 from trl_stare.data.pairs import StagePair
+from trl_stare.data.parquet import ROWS_PER_GROUP, check_columns, open_file, parquet_files, read_groups, write_folder
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.stages import StagePlan, segment
 
@@ -79,7 +77,7 @@ PREFERENCE_FEATURES = Features(
 )
 """The fields of [`StagePair`]; `chosen` and `rejected` are `id`s of the trajectories."""
 
-_SIGNAL_FEATURES = {
+SIGNAL_FEATURES = {
     (torch.bool, 1): List(Value("bool")),
     (torch.float32, 1): List(Value("float32")),
     (torch.float32, 2): List(List(Value("float32"))),
@@ -119,7 +117,7 @@ def save_trajectories(
         )
         for start in starts
     )
-    _write_folder(Path(folder), shards, len(starts))
+    write_folder(Path(folder), shards, len(starts), row_group_size=ROWS_PER_GROUP)
 
 
 def merge_trajectories(sources: Sequence[str | Path], folder: str | Path, *, episodes: int) -> None:
@@ -131,19 +129,19 @@ def merge_trajectories(sources: Sequence[str | Path], folder: str | Path, *, epi
         ValueError: if the sources hold fewer rows, or other columns than the first.
     """
     files = [file for source in sources for file in sorted(Path(source).glob("*.parquet"))]
-    found = sum(pq.read_metadata(file).num_rows for file in files)
+    found = sum(open_file(file).metadata.num_rows for file in files)
     if found < episodes:
         raise ValueError(f"`sources` must hold at least {episodes} episodes, got {found}.")
     num_shards = -(-episodes // EPISODES_PER_SHARD)
-    _write_folder(Path(folder), _merged_shards(files, episodes), num_shards)
+    write_folder(Path(folder), _merged_shards(files, episodes), num_shards, row_group_size=ROWS_PER_GROUP)
 
 
 def _merged_shards(files: Sequence[Path], episodes: int) -> Iterator[pa.Table]:
     """Rows of `files` as tables of `EPISODES_PER_SHARD` rows, the last one shorter, `episodes` in all."""
     waiting: list[pa.Table] = []
     written = 0
-    for file in files:
-        waiting.append(pq.read_table(file))
+    for part in (group for file in files for group in read_groups(file)):
+        waiting.append(part)
         while (ready := sum(map(len, waiting))) and (ready >= EPISODES_PER_SHARD or written + ready >= episodes):
             table = pa.concat_tables(waiting)
             size = min(EPISODES_PER_SHARD, episodes - written)
@@ -156,7 +154,8 @@ def _merged_shards(files: Sequence[Path], episodes: int) -> Iterator[pa.Table]:
 
 def stored_settings(folder: str | Path) -> tuple[list[int], list[dict[str, Any]]]:
     """Seeds of all episodes in `folder`, and the different `metadata` they were stored with, without reading images."""
-    tables = [pq.read_table(file, columns=["seed", "metadata"]) for file in sorted(Path(folder).glob("*.parquet"))]
+    files = sorted(Path(folder).glob("*.parquet"))
+    tables = [table for file in files for table in read_groups(file, ["seed", "metadata"])]
     seeds = [seed for table in tables for seed in table["seed"].to_pylist()]
     notes = {note for table in tables for note in table["metadata"].to_pylist()}
     return seeds, [json.loads(note) for note in sorted(notes)]
@@ -169,10 +168,9 @@ def load_trajectories(folder: str | Path) -> list[Trajectory]:
         FileNotFoundError: if `folder` holds no parquet files.
         ValueError: if a file is not a trajectories file; names file, row and column.
     """
-    trajectories = []
-    for file, table in _read_folder(Path(folder), TRAJECTORY_FEATURES):
-        columns = {name: table[name].combine_chunks() for name in table.column_names}
-        trajectories.extend(_from_row(file, columns, row) for row in range(len(table)))
+    trajectories: list[Trajectory] = []
+    for file, first_row, table in _read_folder(Path(folder), TRAJECTORY_FEATURES):
+        trajectories.extend(to_trajectory(table, row, f"`{file}`, row {first_row + row}") for row in range(len(table)))
     return trajectories
 
 
@@ -187,7 +185,7 @@ def save_pairs(pairs: Sequence[StagePair], folder: str | Path) -> None:
         _to_table([asdict(pair) for pair in pairs[start : start + PAIRS_PER_SHARD]], PREFERENCE_FEATURES)
         for start in starts
     )
-    _write_folder(Path(folder), shards, len(starts))
+    write_folder(Path(folder), shards, len(starts), row_group_size=PAIRS_PER_SHARD)
 
 
 def load_pairs(folder: str | Path) -> tuple[StagePair, ...]:
@@ -198,7 +196,7 @@ def load_pairs(folder: str | Path) -> tuple[StagePair, ...]:
         ValueError: if a file is not a preferences file; names file and column.
     """
     tables = _read_folder(Path(folder), PREFERENCE_FEATURES)
-    return tuple(StagePair(**row) for _, table in tables for row in table.to_pylist())
+    return tuple(StagePair(**row) for _, _, table in tables for row in table.to_pylist())
 
 
 def encode_png(image: Tensor) -> bytes:
@@ -220,13 +218,13 @@ def _features_of(trajectories: Sequence[Trajectory]) -> Features:
         found = {name: (signal.dtype, signal.ndim) for name, signal in trajectory.signals.items()}
         if found != kinds:
             raise ValueError(f"`trajectories` must have the same signals, got {found} at {index} and {kinds} at 0.")
-    unknown = {name: kind for name, kind in kinds.items() if kind not in _SIGNAL_FEATURES}
+    unknown = {name: kind for name, kind in kinds.items() if kind not in SIGNAL_FEATURES}
     if unknown:
         raise ValueError(
             f"`signals` must be bool [T + 1] or float32 [T + 1] or [T + 1, D], got {unknown}. Convert them."
         )
     return Features(
-        TRAJECTORY_FEATURES | {SIGNAL_PREFIX + name: _SIGNAL_FEATURES[kind] for name, kind in kinds.items()}
+        TRAJECTORY_FEATURES | {SIGNAL_PREFIX + name: SIGNAL_FEATURES[kind] for name, kind in kinds.items()}
     )
 
 
@@ -253,22 +251,39 @@ def _to_row(index: int, trajectory: Trajectory, plan: StagePlan, note: str) -> d
     return row | {SIGNAL_PREFIX + name: signal.numpy() for name, signal in trajectory.signals.items()}
 
 
-def _from_row(file: Path, columns: Mapping[str, pa.Array], row: int) -> Trajectory:
+def to_trajectory(table: pa.Table, row: int, where: str) -> Trajectory:
+    """One row of a trajectories table. Without the column `images`, they are `[M, 0, 0, 3]`.
+
+    Raises:
+        ValueError: if a cell cannot be read; begins with `where` and names the column.
+    """
     values: dict[str, Any] = {"signals": {}, "features": None}
-    for name, column in columns.items():
-        try:
-            if name.startswith(SIGNAL_PREFIX):
-                values["signals"][name.removeprefix(SIGNAL_PREFIX)] = _to_tensor(column[row])
-            elif name == "images":
-                values[name] = torch.stack([decode_png(image["bytes"]) for image in column[row].as_py()])
-            elif name == "final_image":
-                values[name] = decode_png(column[row].as_py()["bytes"])
-            elif name in Trajectory.__dataclass_fields__:
-                cell = column[row]
-                values[name] = _to_tensor(cell) if isinstance(cell, pa.ListScalar) and cell.is_valid else cell.as_py()
-        except (ValueError, OSError, TypeError) as error:
-            raise ValueError(f"`{file}`, row {row}, column {name!r} cannot be read: {error}") from error
+    for name in table.column_names:
+        if name.startswith(SIGNAL_PREFIX):
+            values["signals"][name.removeprefix(SIGNAL_PREFIX)] = read_cell(table, name, row, where)
+        elif name in Trajectory.__dataclass_fields__:
+            values[name] = read_cell(table, name, row, where)
+    if "images" not in values:
+        values["images"] = torch.zeros(len(values["starts"]), 0, 0, 3, dtype=torch.uint8)
     return Trajectory(**values)
+
+
+def read_cell(table: pa.Table, name: str, row: int, where: str) -> Any:
+    """A cell as it stands in a [`Trajectory`]: lists and images as tensors, the rest as Python values.
+
+    Raises:
+        ValueError: if a list is ragged or holds nulls, or an image cannot be decoded; begins with `where`.
+    """
+    cell = table[name][row]
+    try:
+        if name == "images":
+            return torch.stack([decode_png(image["bytes"]) for image in cell.as_py()])
+        if name == "final_image":
+            return decode_png(cell.as_py()["bytes"])
+        return _to_tensor(cell) if isinstance(cell, pa.ListScalar) and cell.is_valid else cell.as_py()
+    except (ValueError, OSError, TypeError, RuntimeError, SyntaxError) as error:
+        # Pillow raises `SyntaxError` for a damaged PNG, `torch.stack` a `RuntimeError` for images of unequal sizes
+        raise ValueError(f"{where}, column {name!r} cannot be read: {error}") from error
 
 
 def _to_tensor(cell: pa.ListScalar) -> Tensor:
@@ -291,40 +306,12 @@ def _to_table(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features).data.table
 
 
-def _write_folder(folder: Path, shards: Iterable[pa.Table], num_shards: int) -> None:
-    """Write a parquet file per shard beside `folder`, then put the new folder in the old one's place."""
-    strangers = [path.name for path in folder.iterdir() if path.suffix != ".parquet"] if folder.exists() else []
-    if strangers:
-        raise ValueError(
-            f"`folder` must hold nothing but parquet files, got {folder} with {strangers[:3]}. Give another."
-        )
-    new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("new", "old"))
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    for index, table in enumerate(shards):
-        # not `Dataset.to_parquet`, which draws a progress bar per file
-        pq.write_table(table, new / f"train-{index:05d}-of-{num_shards:05d}.parquet")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _read_folder(folder: Path, features: Features) -> Iterable[tuple[Path, pa.Table]]:
-    """Yield each parquet file with its table, checked against `features`."""
-    files = sorted(folder.glob("*.parquet"))
-    if not files:
-        raise FileNotFoundError(f"`folder` must hold parquet files, got none in {folder}.")
-    for file in files:
-        try:
-            table = pq.read_table(file)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"`{file}` must be a parquet file: {error}") from error
-        found = Features.from_arrow_schema(table.schema)
-        for name, feature in features.items():
-            if found.get(name) != feature:
-                raise ValueError(
-                    f"`{file}`: column {name!r} must be {feature}, got {found.get(name, 'no such column')}."
-                )
-        yield file, table
+def _read_folder(folder: Path, features: Features) -> Iterator[tuple[Path, int, pa.Table]]:
+    """Yield each row group with its file and first row in it, after the file's columns were checked."""
+    for file in parquet_files(folder):
+        with open_file(file) as source:
+            check_columns(file, source, features)
+        first_row = 0
+        for table in read_groups(file):
+            yield file, first_row, table
+            first_row += len(table)

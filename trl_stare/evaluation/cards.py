@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from trl_stare.data.cards import card_template
 from trl_stare.evaluation.records import PHASES, PhaseResult
 from trl_stare.evaluation.report import format_seconds, format_seeds, markdown_table, package_versions, stage_cells
 from trl_stare.evaluation.statistics import format_rate
@@ -22,26 +22,6 @@ METHODS = {
 """What each phase does, in the card's words."""
 
 TAGS = ("robotics", "reinforcement-learning", "vision-language-action", "trl", "stare")
-
-
-def card_template(name: str) -> str:
-    """The text of `hub_cards/{name}`: from the installed package, or from the source checkout this file lies in.
-
-    Raises:
-        FileNotFoundError: if it is in neither.
-    """
-    checkout = Path(__file__).resolve().parents[2] / "hub_cards"
-    try:
-        folders = [files("trl_stare.hub_cards"), checkout]
-    except ModuleNotFoundError:
-        folders = [checkout]
-    for folder in folders:
-        if (template := folder / name).is_file():
-            return template.read_text(encoding="utf-8")
-    raise FileNotFoundError(
-        f"`name` must be a card template, got {name!r}, which is in none of: {', '.join(map(str, folders))}. "
-        "Install trl-stare again."
-    )
 
 
 def write_model_card(

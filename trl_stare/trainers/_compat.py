@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
 
 # TRL documents its trainers, not their base; but `_BaseTrainer` (HF's `Trainer` plus TRL's cards, tags and logging)
 # and `_BaseConfig` (its defaults) are what all of them share, the only root left since 1.13 removed `PPOTrainer`.
@@ -21,7 +22,16 @@ from trl.trainer.base_trainer import _BaseTrainer
 # Switches the adapter of a PEFT model off (or to TRL's frozen copy "ref") and back: how TRL gets a reference for free.
 from trl.trainer.utils import use_adapter
 
-__all__ = ["_BaseConfig", "_BaseTrainer", "forward_once", "keep_forward", "restore_weights", "use_adapter"]
+__all__ = [
+    "_BaseConfig",
+    "_BaseTrainer",
+    "forward_once",
+    "keep_forward",
+    "restore_weights",
+    "start_deepspeed_on_cpu",
+    "use_adapter",
+    "whole",
+]
 
 
 @contextmanager
@@ -95,3 +105,28 @@ def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
             f"`{folder}` must hold the weights of {type(model).__name__}, got {problems}. Resume from another."
         )
     model.load_state_dict(loaded.state_dict(), strict=True)
+
+
+def start_deepspeed_on_cpu(args: TrainingArguments) -> None:
+    """Tell DeepSpeed of the process group of a run without GPUs; elsewhere nothing is done.
+
+    On a CPU accelerate 1.15 starts `torch.distributed` only, and DeepSpeed 0.19 takes itself for a single process: as
+    soon as ZeRO-3 loads a model, it stops with "Check batch related parameters". Must run before any model is loaded.
+    """
+    if args.device.type == "cpu" and args.deepspeed_plugin is not None:
+        import deepspeed
+
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+@contextmanager
+def whole(parameter: Tensor) -> Iterator[Tensor]:
+    """`parameter` with all its values: ZeRO-3 leaves each process a part only. All processes must come here."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]), torch.no_grad():
+            yield parameter
+    else:
+        yield parameter

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from trl import DPOConfig
 
+from trl_stare.losses import PREFERENCE_LOSSES
+from trl_stare.trainers._compat import start_deepspeed_on_cpu
+
 OBJECTIVES = ("sta-tpo", "tpo-mean", "tpo-sum")
 """`sta-tpo` compares stages; the TPO baselines compare whole trajectories, by mean or by sum (GRAPE) of decisions."""
 
 # Options of DPO that mean something for tokens of a text, or for its other losses, and would be ignored here.
 _UNUSED = {
-    "loss_type": ["sigmoid"],
     "loss_weights": None,
-    "label_smoothing": 0.0,
     "ld_alpha": None,
     "f_divergence_type": "reverse_kl",
     "use_weighting": False,
@@ -44,6 +45,16 @@ class StageDPOConfig(DPOConfig):
         step_micro_batch_size (`int`, *optional*):
             Decisions forwarded at once. The forward is then recomputed in the backward, so that memory does not grow
             with the length of trajectories; gradients are the same. `None`: all at once.
+        loss_type (`str` or `list[str]`, *optional*, defaults to `["sigmoid"]`):
+            One of TRL's losses that are functions of one margin per pair: `"sigmoid"`, `"hinge"`, `"ipo"`, `"robust"`
+            ([`~trl_stare.losses.margin_loss`]). TRL divides `ipo`'s scores by the number of tokens; here the objective
+            has divided them already, by the number of decisions, except for `"tpo-sum"`.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Of `"robust"`: the probability that a preference is flipped, in [0, 0.5).
+        ref_cache_dir (`str`, *optional*):
+            Where reference scores are kept between runs. `None`: beside the dataset's files, or in
+            `output_dir/reference_scores` where the dataset is in memory only. Scores are found again by the content of
+            what they depend on: the reference's weights, the rows, the objective, the processor and the precision.
         precompute_ref_log_probs (`bool`, *optional*, defaults to `True`):
             Must stay `True`: reference scores are computed once, before training, and the reference is not kept.
 
@@ -87,11 +98,18 @@ class StageDPOConfig(DPOConfig):
         default=None, metadata={"help": "Decisions forwarded at once, recomputed in the backward. None: all at once."}
     )
 
+    ref_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where reference scores are kept between runs. None: beside the dataset."}
+    )
+
     def __post_init__(self):
+        # accelerate would take several processes of a machine without GPUs for several GPUs
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             on_gpu = not self.use_cpu and torch.cuda.is_available()
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
+        start_deepspeed_on_cpu(self)
         weights, size = self.stage_weights, self.step_micro_batch_size
         for name, is_valid, rule in (
             ("objective", self.objective in OBJECTIVES, f"one of {OBJECTIVES}"),
@@ -107,6 +125,16 @@ class StageDPOConfig(DPOConfig):
                 "stage_weights",
                 weights is None or self.objective == "sta-tpo",
                 "None where trajectories are compared whole",
+            ),
+            (
+                "loss_type",
+                len(self.loss_type) == 1 and self.loss_type[0] in PREFERENCE_LOSSES,
+                f"one of {PREFERENCE_LOSSES}, which are functions of a scalar margin",
+            ),
+            (
+                "label_smoothing",
+                0.0 <= self.label_smoothing < 0.5 and (not self.label_smoothing or self.loss_type == ["robust"]),
+                "in [0, 0.5), and 0 except for `loss_type='robust'`",
             ),
             ("step_micro_batch_size", size is None or size >= 1, "None or at least 1"),
             ("max_length", self.max_length is None, "None: the tokens of an observation cannot be truncated"),

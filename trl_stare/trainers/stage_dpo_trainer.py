@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from trl import DPOTrainer
+from trl.models import prepare_deepspeed
 
 from trl_stare.data.collators import PAIR_FEATURES, PreferenceCollator
 from trl_stare.data.pairs import WHOLE_TRAJECTORY
@@ -22,8 +23,14 @@ from trl_stare.interfaces import VLAPolicy
 from trl_stare.losses import stage_preference_loss
 from trl_stare.trainers._compat import forward_once, keep_forward, restore_weights, use_adapter
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig
-
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+from trl_stare.trainers.stage_dpo_metrics import pair_metrics
+from trl_stare.trainers.stage_dpo_reference import (
+    REFERENCE_COLUMNS,
+    cache_folder,
+    read_scores,
+    reference_key,
+    write_scores,
+)
 
 
 class StageDPOTrainer(DPOTrainer):
@@ -32,7 +39,8 @@ class StageDPOTrainer(DPOTrainer):
 
     What differs from [`~trl.DPOTrainer`]: a row is a pair of segments ([`pairs_dataset`]); a side's score is the mean
     (or sum) over its decisions of the chunk's log-likelihood; the loss is [`stage_preference_loss`]. The reference is
-    the policy as it is when the trainer is made, or `ref_policy`; its scores are computed then, once.
+    the policy as it is when the trainer is made, or `ref_policy`; its scores are computed then, once, and kept for the
+    next run on the same pairs ([`StageDPOConfig`]'s `ref_cache_dir`).
 
     Args:
         policy ([`VLAPolicy`]): what is trained: its `model` is a [`~transformers.PreTrainedModel`] (or a `PeftModel`).
@@ -45,7 +53,11 @@ class StageDPOTrainer(DPOTrainer):
             `trainer.save_model()`, not by the policy.
 
     Logged: TRL's `rewards/chosen|rejected|margins|accuracies` (`beta` times the gain over the reference, without
-    costs), and `stage/{name}/loss|margin|accuracy|pairs`.
+    costs) and `logps/chosen|rejected` (the scores), and each stage's own `stage/{name}/...`, see [`pair_metrics`].
+
+    Several processes: DDP, DeepSpeed ZeRO-2 and ZeRO-3 give the losses of one process at an equal global batch (tests
+    with two processes on a CPU). On GPUs, over several machines, and under FSDP nothing of this has been run yet; FSDP
+    is refused.
 
     Raises:
         ValueError: if the rows are not stage pairs, are none, or do not fit the objective.
@@ -134,7 +146,9 @@ class StageDPOTrainer(DPOTrainer):
     def _score_steps(self, policy: VLAPolicy, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
         """`[S]` log-likelihood of each decision, forwarded in micro-batches if the configuration says so."""
         size = self.args.step_micro_batch_size
-        if size is None or size >= len(trace):
+        starts = [*range(0, len(trace), size or len(trace))]
+        idle = self._most_of_all(len(starts)) - len(starts)
+        if len(starts) + idle == 1:
             return policy.score(inputs, trace)
         score: Callable[..., Tensor] = policy.score
         if torch.is_grad_enabled():
@@ -144,10 +158,20 @@ class StageDPOTrainer(DPOTrainer):
                     policy.score, *part, use_reentrant=False, preserve_rng_state=not self.args.disable_dropout
                 )
 
-        starts = range(0, len(trace), size)
-        return torch.cat(
-            [score({name: value[i : i + size] for name, value in inputs.items()}, trace[i : i + size]) for i in starts]
-        )
+        scores = [
+            score({name: value[i : i + size] for name, value in inputs.items()}, trace[i : i + size])
+            for i in starts + [0] * idle
+        ]
+        steps = torch.cat(scores[: len(starts)])
+        return steps + 0.0 * torch.cat(scores[len(starts) :]).sum() if idle else steps
+
+    def _most_of_all(self, count: int) -> int:
+        """The largest `count` of all processes under ZeRO-3, where each forward fetches weights from all of them: a
+        process with fewer micro-batches would leave the others waiting. Elsewhere `count`."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is None or plugin.zero_stage != 3:
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
     def _score_pairs(self, model: nn.Module, policy: VLAPolicy, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """`[P]` scores of the chosen and of the rejected sides: mean (or sum) over their decisions."""
@@ -162,18 +186,58 @@ class StageDPOTrainer(DPOTrainer):
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """`[P]` scores of both sides under the reference."""
         switched_off: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self.ref_policy is None and is_peft_model(self.model):
-            inner = self.accelerator.unwrap_model(self.model)
-            switched_off = use_adapter(inner, "ref" if "ref" in inner.peft_config else None)
+        if self._adapter_makes_reference():
+            switched_off = use_adapter(self.accelerator.unwrap_model(self.model), self._reference_adapter())
         with torch.no_grad(), switched_off, self.accelerator.autocast():
             return self._score_pairs(model, self.ref_policy or self.policy, inputs)
 
+    def _adapter_makes_reference(self) -> bool:
+        return self.ref_policy is None and is_peft_model(self.model)
+
+    def _reference_adapter(self) -> str | None:
+        """The adapter that the model is its own reference with: TRL's frozen copy of one it came with, or none."""
+        return "ref" if "ref" in self.model.peft_config else None
+
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Add the reference's scores to the rows: by this very model, now. TRL's own reads them from a cache file
-        whose key knows nothing of the objective or the processor."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("StageDPOTrainer runs in one process or under DDP so far, not under DeepSpeed or FSDP.")
-        loader = self.accelerator.prepare(
+        """Add the reference's scores to the rows, from the cache or by the reference as it is now. TRL's own cache
+        knows nothing of the objective or the processor."""
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "`fsdp` must be off, got it on: it has not been tried with StageDPOTrainer. "
+                "Use DDP or DeepSpeed, see recipes/accelerate."
+            )
+        model, is_main = self._reference_model(), self.accelerator.is_main_process
+        key = reference_key(
+            self.accelerator.unwrap_model(model),
+            self.processing_class,
+            dataset,
+            self.data_collator,
+            objective=self.args.objective,
+            precision=self.accelerator.mixed_precision,
+            adapter=str(self._reference_adapter()) if self._adapter_makes_reference() else "as it is",
+        )
+        folder = cache_folder(dataset, self.args.ref_cache_dir, self.args.output_dir)
+        path = folder / f"reference-{key[:32]}.safetensors"
+        # the first process's word counts: the others may not see its files
+        (scores,) = broadcast_object_list([read_scores(path, len(dataset)) if is_main else None])
+        if scores is None:
+            scores = self._score_dataset(model, dataset, name, batch_size)
+            if is_main:
+                write_scores(path, scores)
+        for column, values in scores.items():
+            dataset = dataset.add_column(column, values.numpy())
+        return dataset
+
+    def _reference_model(self) -> nn.Module:
+        """What scores the reference. DeepSpeed's weights are in parts before training begins: as in TRL, an engine of
+        their own gathers them."""
+        if self.ref_model is None and self.is_deepspeed_enabled and self._precompute_engine is None:
+            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
+        return self.ref_model or self._precompute_engine or self.model
+
+    def _score_dataset(self, model: nn.Module, dataset: Dataset, name: str, batch_size: int) -> dict[str, Tensor]:
+        """Column -> `[P]` scores of all rows under the reference, on all processes."""
+        loader = self.accelerator.prepare_data_loader(
             DataLoader(
                 dataset.select_columns([*PAIR_FEATURES]),
                 batch_size=batch_size,
@@ -181,14 +245,16 @@ class StageDPOTrainer(DPOTrainer):
                 num_workers=self.args.dataloader_num_workers,
             )
         )
-        model = self.model if self.ref_model is None else self.ref_model
+        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
+        was_training = model.training
+        model.eval()
         scores = [
             self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
-            for batch in tqdm(loader, desc=f"Reference scores ({name})", disable=self.args.disable_tqdm)
+            for batch in tqdm(loader, desc=f"Reference scores ({name})", disable=hidden)
         ]
-        for column, parts in zip(REFERENCE_COLUMNS, zip(*scores, strict=True), strict=True):
-            dataset = dataset.add_column(column, torch.cat(parts).cpu().numpy())
-        return dataset
+        model.train(was_training)
+        columns = zip(REFERENCE_COLUMNS, zip(*scores, strict=True), strict=True)
+        return {column: torch.cat(parts).float().cpu() for column, parts in columns}
 
     # ---- loss
 
@@ -200,20 +266,22 @@ class StageDPOTrainer(DPOTrainer):
             None if self.args.stage_weights is None else chosen.new_tensor(self.args.stage_weights)[inputs["stages"]]
         )
         references = [inputs[column] for column in REFERENCE_COLUMNS]
+        costs = [inputs["chosen_cost"], inputs["rejected_cost"]]
         losses, logits = stage_preference_loss(
             chosen,
             rejected,
             *references,
-            inputs["chosen_cost"],
-            inputs["rejected_cost"],
+            *costs,
             beta=self.args.beta,
             cost_coef=self.args.cost_coef,
             margin_sign=self.args.margin_sign,
+            loss_type=self.args.loss_type[0],
+            label_smoothing=self.args.label_smoothing,
             weights=weights,
         )
         stages = chosen.new_tensor([self.stage_names.index(name) for name in inputs["stage_names"]])
         gains = [self.args.beta * (score - ref) for score, ref in zip((chosen, rejected), references, strict=True)]
-        record = torch.stack([stages, losses, *gains], dim=1).detach()
+        record = torch.stack([stages, losses, *gains, chosen, rejected, *costs], dim=1).detach()
         self._records["train" if self.model.training else "eval"].append(
             self.accelerator.gather_for_metrics(record).cpu()
         )
@@ -232,13 +300,13 @@ class StageDPOTrainer(DPOTrainer):
     # ---- checkpoints
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if is_peft_model(self.model):
+        if is_peft_model(self.model) or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             restore_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if is_peft_model(self.model):
+        if is_peft_model(self.model) or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             restore_weights(self.model, self.state.best_model_checkpoint)
@@ -251,31 +319,3 @@ def _require_pairs(name: str, dataset: Any) -> None:
         raise ValueError(
             f"`{name}_dataset` must hold a pair, got none. Play more starts or episodes a start, and see the pairs' yield."
         )
-
-
-def pair_metrics(records: Tensor, stage_names: Sequence[str]) -> dict[str, float]:
-    """Means over pairs, all and by stage.
-
-    Args:
-        records (`Tensor`): `[P, 4]`: index into `stage_names`, loss, chosen reward, rejected reward.
-        stage_names (`Sequence[str]`): names.
-
-    Example: `[[0, 0.5, 1.0, 0.0], [1, 0.9, 0.0, 2.0]]` of Reach and Grasp: `rewards/margins` -0.5,
-    `stage/Reach/margin` 1.0, `rewards/accuracies` 0.5.
-    """
-    stages, losses, chosen, rejected = records.unbind(dim=1)
-    margins = chosen - rejected
-    metrics = {
-        "rewards/chosen": chosen.mean().item(),
-        "rewards/rejected": rejected.mean().item(),
-        "rewards/margins": margins.mean().item(),
-        "rewards/accuracies": (margins > 0).float().mean().item(),
-    }
-    for index, name in enumerate(stage_names):
-        mine = stages == index
-        if mine.any():
-            metrics[f"stage/{name}/loss"] = losses[mine].mean().item()
-            metrics[f"stage/{name}/margin"] = margins[mine].mean().item()
-            metrics[f"stage/{name}/accuracy"] = (margins[mine] > 0).float().mean().item()
-            metrics[f"stage/{name}/pairs"] = float(mine.sum())
-    return metrics

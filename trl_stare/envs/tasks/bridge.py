@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trl_stare.envs.experts import WidowXExpert
 from trl_stare.envs.registry import SimulatedTask, register_simulated_task
+from trl_stare.envs.tasks.hand import CONTACT_SIGNALS, PICK_SHAPES, hand_and_object_signals
 
 INTRINSIC = ((623.588, 0.0, 319.501), (0.0, 623.588, 239.545), (0.0, 0.0, 1.0))
 """Of the camera that took the photographs, for 640 x 480 pixels (ManiSkill's `bridge_dataset_eval/base_env.py`)."""
@@ -29,25 +30,15 @@ def bridge_signals(env: Any, info: Mapping[str, Tensor]) -> dict[str, Tensor]:
     objects that lie as they were modelled). `is_contact` is any force between a finger and the object, and `is_grasped` is
     asked of the robot now: `info["is_src_obj_grasped"]` and `info["consecutive_grasp"]` stay true after a drop.
     """
-    source, target, agent = env.objs[env.source_obj_name], env.objs[env.target_obj_name], env.agent
-    tcp = agent.robot.links_map["ee_gripper_link"].pose
-    forces = [
-        env.scene.get_pairwise_contact_forces(finger, source).norm(dim=-1)
-        for finger in (agent.finger1_link, agent.finger2_link)
-    ]
+    source, target = env.objs[env.source_obj_name], env.objs[env.target_obj_name]
     heights = [env.episode_model_bbox_sizes[name][2] for name in (env.source_obj_name, env.target_obj_name)]
     goal = target.pose.p.clone()
     goal[:, 2] += sum(heights) / 2
-    return {
-        "tcp_position": tcp.p,
-        "tcp_quaternion": tcp.q,
-        "gripper_width": agent.robot.qpos[:, -2:].sum(dim=-1, keepdim=True),
-        "object_position": source.pose.p,
-        "object_quaternion": source.pose.q,
-        "object_lift": source.pose.p[:, 2:] - env.episode_source_obj_xyz_after_settle[:, 2:],
+    rest_height = env.episode_source_obj_xyz_after_settle[:, 2:]
+    tcp = env.agent.robot.links_map["ee_gripper_link"]
+    return hand_and_object_signals(env, source, rest_height=rest_height, tcp=tcp) | {
         "goal_position": goal,
-        "is_contact": (forces[0] > 0) | (forces[1] > 0),
-        "is_grasped": agent.is_grasping(source),
+        "is_grasped": env.agent.is_grasping(source),
         "success": info["success"],
     }
 
@@ -57,19 +48,8 @@ _CARROT = SimulatedTask(
     env_id="PutCarrotOnPlateInScene-v1",
     instruction="put carrot on plate",
     signals=bridge_signals,
-    signal_shapes={
-        "tcp_position": 3,
-        "tcp_quaternion": 4,
-        "gripper_width": 1,
-        "object_position": 3,
-        "object_quaternion": 4,
-        "object_lift": 1,
-        "goal_position": 3,
-        "is_contact": 0,
-        "is_grasped": 0,
-        "success": 0,
-    },
-    contact_signals=("is_contact", "is_grasped"),
+    signal_shapes=PICK_SHAPES,
+    contact_signals=CONTACT_SIGNALS,
     demonstrate=WidowXExpert(),
     mistake_size=0.02,
     control_mode="arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos",

@@ -9,53 +9,13 @@ from torch import Tensor
 
 from trl_stare.envs.experts import PickAndPlaceExpert
 from trl_stare.envs.registry import SimulatedTask, register_simulated_task
+from trl_stare.envs.tasks.hand import CONTACT_SIGNALS, PICK_SHAPES, hand_and_object_signals
 
 HALF_SIZE = 0.02
 """Half the edge of the cubes and the radius of the sphere in metres: how high their centres are at rest (`half_size=0.02` in
 ManiSkill's `stack_cube.py`, `cube_half_size` in its `pick_cube_cfgs.py`, `radius` in its `place_sphere.py`)."""
 BIN_FLOOR = 0.0025
 """From the centre of PlaceSphere-v1's bin up to its floor, metres (`short_side_half_size` in ManiSkill's `place_sphere.py`)."""
-
-SIGNAL_SHAPES = {
-    "tcp_position": 3,
-    "tcp_quaternion": 4,
-    "gripper_width": 1,
-    "object_position": 3,
-    "object_quaternion": 4,
-    "object_lift": 1,
-    "goal_position": 3,
-    "is_contact": 0,
-    "is_grasped": 0,
-    "success": 0,
-}
-CONTACT_SIGNALS = ("is_contact", "is_grasped")
-
-
-def hand_and_object_signals(env: Any, obj: Any, *, rest_height: float) -> dict[str, Tensor]:
-    """What every task of the Panda with one object to move has in common: `SIGNAL_SHAPES` up to the lift, and `is_contact`.
-
-    Positions are `[B, 3]` in metres in the world frame, quaternions `[B, 4]` wxyz. `is_contact` is any force between a finger
-    and the object.
-
-    Args:
-        env (`BaseEnv`): unwrapped ManiSkill environment.
-        obj (`Actor`): the object to move.
-        rest_height (`float`): height of its centre where it rests at first, metres.
-    """
-    tcp, agent = env.agent.tcp.pose, env.agent
-    forces = [
-        env.scene.get_pairwise_contact_forces(finger, obj).norm(dim=-1)
-        for finger in (agent.finger1_link, agent.finger2_link)
-    ]
-    return {
-        "tcp_position": tcp.p,
-        "tcp_quaternion": tcp.q,
-        "gripper_width": agent.robot.qpos[:, -2:].sum(dim=-1, keepdim=True),
-        "object_position": obj.pose.p,
-        "object_quaternion": obj.pose.q,
-        "object_lift": obj.pose.p[:, 2:] - rest_height,
-        "is_contact": (forces[0] > 0) | (forces[1] > 0),
-    }
 
 
 def stack_cube_signals(env: Any, info: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,7 +58,7 @@ register_simulated_task(
         env_id="StackCube-v1",
         instruction="stack the red cube on the green cube",
         signals=stack_cube_signals,
-        signal_shapes=SIGNAL_SHAPES,
+        signal_shapes=PICK_SHAPES,
         contact_signals=CONTACT_SIGNALS,
         demonstrate=PickAndPlaceExpert(),
         # the stock camera looks at 1.3 m of table (fov 1.57); the cubes appear within 0.6 m of it
@@ -111,7 +71,7 @@ register_simulated_task(
         env_id="PickCube-v1",
         instruction="pick up the red cube and hold it at the goal position",
         signals=pick_cube_signals,
-        signal_shapes=SIGNAL_SHAPES,
+        signal_shapes=PICK_SHAPES,
         contact_signals=CONTACT_SIGNALS,
         # ManiSkill hides the goal from its cameras: the policy is told where it is
         state_signals=("goal_position",),
@@ -126,7 +86,7 @@ register_simulated_task(
         env_id="PlaceSphere-v1",
         instruction="place the blue sphere in the bin",
         signals=place_sphere_signals,
-        signal_shapes=SIGNAL_SHAPES,
+        signal_shapes=PICK_SHAPES,
         contact_signals=CONTACT_SIGNALS,
         demonstrate=PickAndPlaceExpert(),
         # the stock fov of 1.57 leaves a sphere of 3 pixels in an image of 64

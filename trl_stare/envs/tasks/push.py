@@ -9,19 +9,8 @@ from torch import Tensor
 
 from trl_stare.envs.experts import PushExpert
 from trl_stare.envs.registry import SimulatedTask, register_simulated_task
-from trl_stare.envs.tasks.pick_and_place import HALF_SIZE, hand_and_object_signals
-
-SIGNAL_SHAPES = {
-    "tcp_position": 3,
-    "tcp_quaternion": 4,
-    "gripper_width": 1,
-    "object_position": 3,
-    "object_quaternion": 4,
-    "object_lift": 1,
-    "goal_position": 3,
-    "is_contact": 0,
-    "success": 0,
-}
+from trl_stare.envs.tasks.hand import SLIDE_SHAPES, hand_and_object_signals
+from trl_stare.envs.tasks.pick_and_place import HALF_SIZE
 
 
 def slide_signals(env: Any, info: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,7 +30,7 @@ register_simulated_task(
         env_id="PushCube-v1",
         instruction="push the blue cube to the red and white target",
         signals=slide_signals,
-        signal_shapes=SIGNAL_SHAPES,
+        signal_shapes=SLIDE_SHAPES,
         contact_signals=("is_contact",),
         demonstrate=PushExpert(),
         # the stock camera, turned down by 17 degrees: with the stock fov of 1.57 a cube is 2 pixels of 64 wide
@@ -54,7 +43,7 @@ register_simulated_task(
         env_id="PullCube-v1",
         instruction="pull the blue cube to the red and white target",
         signals=slide_signals,
-        signal_shapes=SIGNAL_SHAPES,
+        signal_shapes=SLIDE_SHAPES,
         contact_signals=("is_contact",),
         demonstrate=PushExpert(),
         # the stock camera, turned up by 18 degrees: it looks at the table before the robot, and at first misses the gripper

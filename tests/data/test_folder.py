@@ -1,0 +1,132 @@
+"""A folder is a sequence like the list of its trajectories, and reads no more than it is asked for."""
+
+import pickle
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from trl_stare.data import collators, schema
+from trl_stare.data.collators import PreferenceCollator, pairs_dataset
+from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_dataset
+from trl_stare.data.folder import TrajectoryFolder
+from trl_stare.data.pairs import build_pairs
+from trl_stare.data.schema import load_trajectories, save_trajectories
+from trl_stare.stages import get_plan
+
+PLAN = get_plan("StackCube-v1")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, episode):
+    """A folder of three files of 10, 10 and 3 episodes in row groups of 4, and the episodes."""
+    made = [replace(episode(i, num_steps=9 + i % 3, success_at=8 if i % 2 else None), seed=i // 4) for i in range(23)]
+    folder = tmp_path_factory.mktemp("saved") / "rollouts"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "EPISODES_PER_SHARD", 10)
+        save_trajectories(made, folder, PLAN)
+    return folder, load_trajectories(folder)
+
+
+def assert_equal(left, right):
+    for field in fields(left):
+        one, other = getattr(left, field.name), getattr(right, field.name)
+        if field.name == "signals":
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        else:
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
+
+
+def test_it_is_the_list(saved):
+    folder, episodes = saved
+    sequence = TrajectoryFolder(folder, cache_size=2)
+    assert len(sequence) == 23
+    for row in [22, 0, 9, 10, 3, 4, 3, 19, 20, -1, -23]:
+        assert_equal(sequence[row], episodes[row])
+    for one, other in zip(sequence, episodes, strict=True):
+        assert_equal(one, other)
+    assert [one.seed for one in sequence[8:13:2]] == [one.seed for one in episodes[8:13:2]]
+    for row in (23, -24):
+        with pytest.raises(IndexError, match=rf"must be in \[-23, 23\), got {row}"):
+            sequence[row]
+    assert_equal(pickle.loads(pickle.dumps(sequence))[7], episodes[7])
+
+
+def test_a_row_group_is_read_once(saved, monkeypatch):
+    sequence, read = TrajectoryFolder(saved[0], cache_size=3), []
+    original = sequence._read
+    monkeypatch.setattr(sequence, "_read", lambda row: read.append(row) or original(row))
+    kept = sequence[5]
+    assert [sequence[row] is kept for row in (6, 5, 7, 5)] == [False, True, False, True]
+    assert read == [5, 6, 7]
+    sequence[8], sequence[9], sequence[10]
+    assert sequence[5] is not kept and len(sequence._episodes) == 3
+
+
+def test_without_images(saved):
+    folder, episodes = saved
+    sequence = TrajectoryFolder(folder, images=False)
+    assert sequence[11].images.shape == (len(episodes[11].starts), 0, 0, 3)
+    assert_equal(replace(sequence[11], images=episodes[11].images), episodes[11])
+    assert build_pairs(sequence, PLAN) == build_pairs(episodes, PLAN)
+    assert demonstration_dataset(sequence, PLAN)[:] == demonstration_dataset(episodes, PLAN)[:]
+
+
+def test_training_data_are_those_of_the_list(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(collators, "ROWS_PER_TABLE", 16)
+    folder, episodes = saved
+    sequence = TrajectoryFolder(folder)
+    pairs = build_pairs(episodes, PLAN, min_cost_gap=0.0).pairs
+    expected = pairs_dataset(episodes, pairs)
+    for rows in (
+        pairs_dataset(sequence, pairs),
+        pairs_dataset(sequence, pairs, file=tmp_path / "rows" / "pairs.arrow"),
+    ):
+        assert len(rows) == len(pairs) > 32 and rows.features == expected.features
+        assert rows.data.table.equals(expected.data.table)
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["pairs.arrow"]
+
+    def prepare(obs):
+        return {"images": obs.images, "state": obs.state}
+
+    batches = [PreferenceCollator(prepare)([rows[0], rows[33]]) for rows in (rows, expected)]
+    assert torch.equal(batches[0]["inputs"]["images"], batches[1]["inputs"]["images"])
+    rows = [*demonstration_dataset(episodes, PLAN)][3:6]
+    batches = [
+        DemonstrationCollator(given, prepare, lambda chunk: chunk.flatten(1), 4)(rows)
+        for given in (sequence, episodes)
+    ]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[1])
+
+
+def test_no_pairs_make_an_empty_dataset(saved, tmp_path):
+    assert len(pairs_dataset([], [])) == 0 and len(pairs_dataset([], [], file=tmp_path / "empty.arrow")) == 0
+
+
+def test_a_failed_conversion_leaves_the_old_file(saved, tmp_path):
+    folder, episodes = saved
+    file = tmp_path / "pairs.arrow"
+    pairs = build_pairs(episodes, PLAN, min_cost_gap=0.0).pairs
+    pairs_dataset(episodes, pairs[:3], file=file)
+    with pytest.raises(ValueError, match="got 99 in pair 1"):
+        pairs_dataset(episodes, [pairs[0], replace(pairs[1], chosen=99)], file=file)
+    assert len(type(pairs_dataset([], [])).from_file(str(file))) == 3
+
+
+def test_what_cannot_be_read_is_named(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        TrajectoryFolder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="`cache_size` must be at least 1, got 0"):
+        TrajectoryFolder(saved[0], cache_size=0)
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for file in saved[0].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    file = sorted(folder.iterdir())[1]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+    sequence = TrajectoryFolder(folder)
+    assert sequence[0].seed == 0 and sequence[22].seed == 5
+    with pytest.raises(ValueError, match=rf"{file.name}`, row group \d is damaged"):
+        list(sequence)

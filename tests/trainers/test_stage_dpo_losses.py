@@ -1,0 +1,71 @@
+"""The losses of StageDPOTrainer against `DPOTrainer._compute_loss` itself, on the policy's own scores; precision."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from stage_dpo_toy import STAGE_PAIRS, WHOLE_PAIRS, batch_of, loss_and_logits, make_policy, make_trainer, perturb
+from trl import DPOTrainer
+
+from trl_stare.losses import PREFERENCE_LOSSES
+from trl_stare.trainers.stage_dpo_trainer import REFERENCE_COLUMNS
+
+
+def trl_loss(trainer, batch):
+    """TRL's loss of one pair whose decisions are handed to it as the tokens of two texts, padded at the end."""
+    with torch.no_grad():
+        steps = trainer.policy.score(batch["inputs"], batch["trace"])
+    sides = [steps[batch["side_ids"] == side] for side in (0, 1)]
+    logps = torch.nn.utils.rnn.pad_sequence(sides, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(side), dtype=torch.long) for side in sides], True)
+    first = torch.zeros(2, 1, dtype=torch.long)  # a token of the prompt
+    output = SimpleNamespace(
+        log_probs=logps,
+        entropy=torch.zeros_like(logps),
+        mean_logits=torch.zeros_like(logps),
+        is_top1=torch.zeros_like(logps, dtype=torch.bool),
+        log_sum_sq_probs=None,
+        aux_loss=None,
+    )
+    inputs = {name: batch[name] for name in REFERENCE_COLUMNS} | {
+        "input_ids": torch.cat([first, torch.zeros_like(mask)], dim=1),
+        "attention_mask": torch.cat([first + 1, mask], dim=1),
+        "completion_mask": torch.cat([first, mask], dim=1),
+    }
+    return DPOTrainer._compute_loss(trainer, lambda **kwargs: output, inputs, False)
+
+
+@pytest.mark.parametrize("loss_type", PREFERENCE_LOSSES)
+def test_tpo_sum_is_trls_own_loss(tmp_path, loss_type):
+    """Five decisions against three. TRL's `ipo` divides by their number, as `tpo-mean` does for every loss."""
+    policy, smoothing = make_policy(), 0.1 if loss_type == "robust" else 0.0
+    trainer = make_trainer(
+        policy,
+        tmp_path,
+        WHOLE_PAIRS[:1],
+        objective="tpo-sum",
+        beta=0.3,
+        loss_type=loss_type,
+        label_smoothing=smoothing,
+    )
+    by_mean = make_trainer(policy, tmp_path, WHOLE_PAIRS[:1], objective="tpo-mean", beta=0.3, loss_type="ipo")
+    perturb(policy)
+    batch = batch_of(trainer)
+    ours = by_mean if loss_type == "ipo" else trainer
+    loss, logits = loss_and_logits(ours, batch_of(ours))
+    assert logits.abs().min() > 0.01
+    torch.testing.assert_close(loss.detach(), trl_loss(trainer, batch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bf16": True}, {"gradient_checkpointing": True}, {"step_micro_batch_size": 2, "bf16": True}], ids=str
+)
+def test_bf16_and_gradient_checkpointing_train(tmp_path, options):
+    policy, dtypes = make_policy(), set()
+    trainer = make_trainer(policy, tmp_path, STAGE_PAIRS[:3], per_device_train_batch_size=3, **options)
+    layer = next(module for name, module in policy.model.named_modules() if name.endswith("q_proj"))
+    layer.register_forward_hook(lambda *args: dtypes.add(args[2].dtype))
+    trainer.train()
+    assert dtypes == {torch.bfloat16 if options.get("bf16") else torch.float32}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]

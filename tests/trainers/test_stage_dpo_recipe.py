@@ -1,0 +1,104 @@
+"""recipes/dpo.py on toy folders: full fine-tuning, LoRA, continuing; one process and two of DDP, ZeRO-2 and ZeRO-3."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stage_dpo_toy import make_policy, save_toy
+from trl import ModelConfig, TrlParser
+
+from trl_stare import StageDPOConfig, TokenPolicy
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("dpo_recipe", ROOT / "recipes" / "dpo.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return save_toy(tmp_path_factory.mktemp("toy"))
+
+
+def flags_of(folders, out, **options) -> list[str]:
+    given = folders | {
+        "output_dir": out, "learning_rate": 1e-3, "max_steps": STEPS, "per_device_train_batch_size": 2,
+        "step_micro_batch_size": 3, "logging_steps": 1, "save_steps": 3, "disable_tqdm": True,
+    } | options  # fmt: skip
+    return [part for name, value in given.items() for part in (f"--{name}", *str(value).split())]
+
+
+def run(recipe, folders, out, **options):
+    parser = TrlParser((recipe.DPOArguments, StageDPOConfig, ModelConfig))
+    recipe.main(*parser.parse_args_and_config(args=flags_of(folders, out, **options)))
+
+
+def losses_of(out):
+    history = json.loads((out / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_it_trains_and_continues(recipe, folders, tmp_path):
+    run(recipe, folders, tmp_path / "whole")
+    trained = TokenPolicy.from_pretrained(tmp_path / "whole").model.state_dict()
+    initial = make_policy().model.state_dict()
+    assert any(not torch.equal(trained[name], initial[name]) for name in initial)
+
+    run(recipe, folders, tmp_path / "two", max_steps=3, lr_scheduler_type="constant")
+    (tmp_path / "two" / "checkpoint-5").mkdir()  # as a process leaves it that is killed while it saves
+    run(recipe, folders, tmp_path / "two", lr_scheduler_type="constant")
+    assert len(losses_of(tmp_path / "two")) == STEPS
+
+
+def test_lora_saves_an_adapter(recipe, folders, tmp_path):
+    run(recipe, folders, tmp_path, use_peft=True, lora_r=2, lora_target_modules="q_proj v_proj", loss_type="ipo")
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert weights and all("lora_" in name for name in weights)
+    assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+
+
+def test_a_loss_that_needs_more_than_a_margin_is_refused_by_name(recipe, folders, tmp_path):
+    with pytest.raises(ValueError, match="`loss_type` must be one of .*apo_zero"):
+        run(recipe, folders, tmp_path, loss_type="apo_zero")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+def test_two_processes_have_the_losses_of_one(recipe, folders, tmp_path, name):
+    """The same global batch: two pairs in one process, or one pair in each of two."""
+    if name != "ddp":
+        pytest.importorskip("deepspeed")
+    config = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+    flags = flags_of(folders, tmp_path / "two", per_device_train_batch_size=1)
+    # DeepSpeed looks for ninja on the path
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "recipes/dpo.py", *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1700
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (tmp_path / "two" / f"checkpoint-{STEPS}" / "rng_state_1.pth").is_file(), "there was one process only"
+
+    run(recipe, folders, tmp_path / "one")
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
+    start, one, two = (
+        torch.cat([value.flatten() for _, value in sorted(load_file(folder / "model.safetensors").items())])
+        for folder in (Path(folders["model"]), tmp_path / "one", tmp_path / "two")
+    )
+    # Adam takes full steps also where gradients are rounding errors
+    assert (two - one).norm() < 0.02 * (one - start).norm()
