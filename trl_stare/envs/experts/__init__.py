@@ -4,8 +4,9 @@ An expert here is a function of the present state alone. So it recovers by itsel
 it does can be imitated from a single image.
 """
 
+from trl_stare.envs.experts.peg import LiftPegUprightExpert, PegInsertionExpert
 from trl_stare.envs.experts.pick_and_place import PickAndPlaceExpert
 from trl_stare.envs.experts.push import PushExpert
 from trl_stare.envs.experts.widowx import WidowXExpert
 
-__all__ = ["PickAndPlaceExpert", "PushExpert", "WidowXExpert"]
+__all__ = ["LiftPegUprightExpert", "PegInsertionExpert", "PickAndPlaceExpert", "PushExpert", "WidowXExpert"]

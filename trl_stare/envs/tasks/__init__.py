@@ -2,6 +2,6 @@
 
 Importing this registers them."""
 
-from trl_stare.envs.tasks import bridge, pick_and_place, push
+from trl_stare.envs.tasks import bridge, peg, pick_and_place, push
 
-__all__ = ["bridge", "pick_and_place", "push"]
+__all__ = ["bridge", "peg", "pick_and_place", "push"]

@@ -9,64 +9,46 @@ from torch import Tensor
 
 from trl_stare.envs.experts import LiftPegUprightExpert, PegInsertionExpert
 from trl_stare.envs.registry import SimulatedTask, register_simulated_task
+from trl_stare.envs.tasks.hand import CONTACT_SIGNALS, PICK_SHAPES, hand_and_object_signals
 
-_PEG_SHAPES = {
-    "tcp_position": 3,
-    "tcp_quaternion": 4,
-    "gripper_width": 1,
-    "object_position": 3,
-    "object_quaternion": 4,
-    "object_lift": 1,
-    "is_contact": 0,
-    "is_grasped": 0,
-    "success": 0,
+UPRIGHT_SHAPES = {name: size for name, size in PICK_SHAPES.items() if name != "goal_position"}
+"""Any upright place will do: there is no goal position."""
+GOAL_SHAPES = {
+    "goal_position": 3,
+    "goal_quaternion": 4,
+    "peg_head_at_hole": 3,
+    "peg_center_at_hole": 3,
+    "peg_half_length": 1,
 }
 
 
-def _peg_signals(env: Any, info: Mapping[str, Tensor], half_width: float | Tensor) -> dict[str, Tensor]:
-    """What both tasks have: hand, peg (its x axis runs along it, origin at the centre) and success.
+def lift_peg_upright_signals(env: Any, info: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Signals of LiftPegUpright-v1: the peg is the object, x is its axis, and `object_lift` counts from the peg lying flat.
 
-    Positions are `[B, 3]` in metres in the world frame, quaternions `[B, 4]` wxyz. `is_contact` is any force between a finger
-    and the peg; `is_grasped` is ManiSkill's instantaneous `agent.is_grasping`.
+    See [`hand_and_object_signals`]; `is_grasped` is ManiSkill's instantaneous `agent.is_grasping`, here and below.
     """
-    agent, peg = env.agent, env.peg.pose
-    left, right = (
-        env.scene.get_pairwise_contact_forces(finger, env.peg).norm(dim=-1)
-        for finger in (agent.finger1_link, agent.finger2_link)
-    )
-    return {
-        "tcp_position": agent.tcp.pose.p,
-        "tcp_quaternion": agent.tcp.pose.q,
-        "gripper_width": agent.robot.qpos[:, -2:].sum(dim=-1, keepdim=True),
-        "object_position": peg.p,
-        "object_quaternion": peg.q,
-        "object_lift": peg.p[:, 2:] - half_width,
-        "is_contact": (left > 0) | (right > 0),
-        "is_grasped": agent.is_grasping(env.peg),
+    return hand_and_object_signals(env, env.peg, rest_height=env.peg_half_width) | {
+        "is_grasped": env.agent.is_grasping(env.peg),
         "success": info["success"],
     }
 
 
-def lift_peg_upright_signals(env: Any, info: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Signals of LiftPegUpright-v1; `object_lift` is measured from the peg lying flat. See [`_peg_signals`]."""
-    return _peg_signals(env, info, env.peg_half_width)
-
-
 def peg_insertion_signals(env: Any, info: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Signals of PegInsertionSide-v1: see [`_peg_signals`], and where the peg belongs.
+    """Signals of PegInsertionSide-v1: the peg is the object, x is its axis, the head at the positive end.
 
-    `goal_position` `[B, 3]` and `goal_quaternion` `[B, 4]` are the peg's pose when its head is at the centre of the box
-    (ManiSkill's `goal_pose`). `peg_head_at_hole` and `peg_center_at_hole` `[B, 3]` are points of the peg in the frame of
-    the hole: origin in the middle of the box, x into the hole, so a peg in front of the box has a negative x.
-    `peg_half_length` `[B, 1]`: every episode has a peg of its own, with a hole that is 3 mm wider on each side.
+    `goal_position` `[B, 3]` and `goal_quaternion` `[B, 4]` are the peg's pose when its head is in the middle of the box
+    (ManiSkill's `goal_pose`). `peg_head_at_hole` and `peg_center_at_hole` `[B, 3]` are points of the peg in the hole's frame: x
+    points into the hole, 0 is the middle of the box, so a peg before the box has a negative x. `peg_half_length` `[B, 1]`: every
+    episode has a peg of its own. All in metres; positions and quaternions (wxyz) in the world frame.
     """
-    hole, goal = env.box_hole_pose, env.goal_pose
-    return _peg_signals(env, info, env.peg_half_sizes[:, 2:]) | {
-        "goal_position": goal.p,
-        "goal_quaternion": goal.q,
+    return hand_and_object_signals(env, env.peg, rest_height=env.peg_half_sizes[:, 2:]) | {
+        "goal_position": env.goal_pose.p,
+        "goal_quaternion": env.goal_pose.q,
         "peg_head_at_hole": info["peg_head_pos_at_hole"],
-        "peg_center_at_hole": (hole.inv() * env.peg.pose).p,
+        "peg_center_at_hole": (env.box_hole_pose.inv() * env.peg.pose).p,
         "peg_half_length": env.peg_half_sizes[:, :1],
+        "is_grasped": env.agent.is_grasping(env.peg),
+        "success": info["success"],
     }
 
 
@@ -76,9 +58,11 @@ register_simulated_task(
         env_id="LiftPegUpright-v1",
         instruction="stand the peg upright on the table",
         signals=lift_peg_upright_signals,
-        signal_shapes=_PEG_SHAPES,
-        contact_signals=("is_contact", "is_grasped"),
+        signal_shapes=UPRIGHT_SHAPES,
+        contact_signals=CONTACT_SIGNALS,
         demonstrate=LiftPegUprightExpert(),
+        # from the side: the stock camera looks along the peg, and the hand hides it as soon as it is raised
+        camera_config={"pose": [0.45, 0.35, 0.35, 0.295, 0.1842, 0.0581, -0.9358], "fov": 1.1},
     )
 )
 register_simulated_task(
@@ -87,16 +71,11 @@ register_simulated_task(
         env_id="PegInsertionSide-v1",
         instruction="insert the orange end of the peg into the hole of the box",
         signals=peg_insertion_signals,
-        signal_shapes=_PEG_SHAPES
-        | {
-            "goal_position": 3,
-            "goal_quaternion": 4,
-            "peg_head_at_hole": 3,
-            "peg_center_at_hole": 3,
-            "peg_half_length": 1,
-        },
-        contact_signals=("is_contact", "is_grasped"),
+        signal_shapes=UPRIGHT_SHAPES | GOAL_SHAPES,
+        contact_signals=CONTACT_SIGNALS,
         demonstrate=PegInsertionExpert(),
         robot="panda_wristcam",
+        # from beside and above: the stock camera stands amid the pegs and does not see those behind it
+        camera_config={"pose": [0.35, -0.5, 0.45, 0.4631, -0.2382, 0.1307, 0.8436], "fov": 1.0},
     )
 )
