@@ -9,7 +9,7 @@ import torch
 
 from trl_stare.envs import visuals as module
 from trl_stare.envs.maniskill import Simulator
-from trl_stare.envs.registry import get_simulated_task
+from trl_stare.envs.registry import _TASKS, get_simulated_task
 from trl_stare.envs.visuals import cache_folder, light_urdf, light_visuals, resolve_visuals, use_visuals
 
 TASK = "StackCube-v1"
@@ -111,6 +111,19 @@ def test_shapes_stay_within_a_pixel():
     for files in zip(meshes(panda_urdf(), "visual"), meshes(light_urdf(panda_urdf()), "visual"), strict=True):
         stock, light = (trimesh.load_scene(path).bounds for path in files)
         assert abs(stock - light).max() < 0.01  # m, a pixel at 128 px
+
+
+@pytest.mark.parametrize("robot", sorted({task.robot for task in _TASKS.values() if task.light_visuals}))
+def test_every_robot_gets_light_meshes_from_nothing(robot, tmp_path, monkeypatch):
+    """The wrist camera of `panda_wristcam` is an STL without a material: it stays one, with the colour of the URDF."""
+    from mani_skill.agents.registration import REGISTERED_AGENTS
+
+    monkeypatch.setenv("TRL_STARE_CACHE", str(tmp_path))
+    stock = Path(REGISTERED_AGENTS[robot].agent_cls.urdf_path)
+    light = light_urdf(stock)
+    assert triangles(meshes(light, "visual")) < 0.1 * triangles(meshes(stock, "visual"))
+    for old, new in zip(meshes(stock, "visual"), meshes(light, "visual"), strict=True):
+        assert (old.suffix.lower() == ".stl") == (new.suffix == ".stl")
 
 
 def test_maniskill_is_as_before_outside_the_context():

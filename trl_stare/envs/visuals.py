@@ -32,7 +32,7 @@ VISUALS: tuple[str, ...] = ("light", "stock")
 RATIO = 0.03  # of a mesh's triangles that stay
 MIN_FACES = 300  # meshes this small cost nothing, and would lose their shape
 SHARP_EDGE = 0.6  # rad; faces that meet at more than this keep separate normals
-RECIPE = 1  # part of the cache's key: raise it when the code below makes other meshes
+RECIPE = 2  # part of the cache's key: raise it when the code below makes other meshes
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +114,10 @@ def _build_light_urdf(urdf: Path, folder: Path, ratio: float) -> None:
     for mesh in tree.iterfind(".//visual//mesh"):
         source = _mesh_path(urdf, mesh)
         if source not in names:
-            names[source] = f"{len(names):02d}_{source.stem}.glb"
-            (folder / names[source]).write_bytes(
-                _light_scene(source, ratio).export(file_type="glb", include_normals=True)
-            )
+            # an STL has no material: it stays one, so that the colour is still the URDF's
+            kind, options = ("stl", {}) if source.suffix.lower() == ".stl" else ("glb", {"include_normals": True})
+            names[source] = f"{len(names):02d}_{source.stem}.{kind}"
+            (folder / names[source]).write_bytes(_light_scene(source, ratio).export(file_type=kind, **options))
         mesh.set("filename", names[source])
     tree.write(folder / urdf.name, encoding="utf-8", xml_declaration=True)
     # SAPIEN looks for the SRDF (which links may touch: physics!) beside the URDF
@@ -149,13 +149,13 @@ def _decimate(mesh: trimesh.Trimesh, ratio: float) -> trimesh.Trimesh:
     target = max(int(len(mesh.faces) * ratio), MIN_FACES)
     if len(mesh.faces) <= target:
         return mesh
-    material = mesh.visual.material
     whole = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
     # the files store every triangle's corners on their own; collapsing edges needs them joined
     whole.merge_vertices()
     points, faces = fast_simplification.simplify(whole.vertices, whole.faces, target_count=target)
     light = trimesh.graph.smooth_shade(trimesh.Trimesh(points, faces, process=False), angle=SHARP_EDGE)
-    light.visual = trimesh.visual.TextureVisuals(material=material)
+    if (material := getattr(mesh.visual, "material", None)) is not None:
+        light.visual = trimesh.visual.TextureVisuals(material=material)
     return light
 
 
