@@ -5,6 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 CONFIG ?= recipes/configs/ipi_stackcube_tiny.yaml
 ARGS ?=
+JOBS ?= 2
 PYTHON ?=
 export PYTHON
 
@@ -35,8 +36,9 @@ $(READY): requirements.lock setup.py .ci/setup.sh | vulkan
 ipi: setup
 	$(LAUNCH) recipes/ipi.py --config $(CONFIG) $(ARGS)
 
+# whole files to each process: their fixtures are simulators
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -32,7 +32,7 @@ BASE = [
 EXTRAS = {
     "maniskill": ["fast-simplification", "gymnasium", "mani_skill==3.0.1", "sapien==3.0.3"],
     "deepspeed": ["deepspeed>=0.18.6"],
-    "test": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
+    "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 
 setup(

@@ -13,15 +13,16 @@ import contextlib
 import hashlib
 import importlib.metadata
 import logging
-import os
 import shutil
 import sys
-import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
+
+from trl_stare.envs.cache import build_once, cache_folder
+from trl_stare.envs.shaders import quick_first_frame
 
 if TYPE_CHECKING:
     import trimesh
@@ -54,17 +55,8 @@ def resolve_visuals(visuals: str | None, device: str) -> Visuals:
     return visuals  # type: ignore[return-value]
 
 
-def cache_folder() -> Path:
-    """Where light meshes are kept: `$TRL_STARE_CACHE/visuals`, by default `~/.cache/trl_stare/visuals`."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_stare"
-    return Path(os.environ.get("TRL_STARE_CACHE") or default) / "visuals"
-
-
 def light_urdf(urdf: str | Path, ratio: float = RATIO) -> Path:
     """A copy of `urdf` with decimated visual meshes and everything else the same, built once and then cached.
-
-    The copy's folder appears all at once under its final name, so that a killed build leaves nothing half-made and
-    two processes may build at the same time.
 
     Args:
         urdf (`str` or `Path`): the robot's own URDF.
@@ -83,26 +75,13 @@ def light_urdf(urdf: str | Path, ratio: float = RATIO) -> Path:
     # the place of the URDF counts too: the copy names the collision files of this very installation
     version = importlib.metadata.version("mani_skill")
     identity = f"{RECIPE} {version} {ratio} {urdf} {urdf.read_text()}"
-    folder = cache_folder() / f"{urdf.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    light = folder / urdf.name
-    if light.is_file():
-        return light
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-    except OSError as error:
-        raise PermissionError(
-            f"the cache of light visuals must be a folder that can be written, got {folder.parent} ({error}). "
-            "Set `TRL_STARE_CACHE` to one that can, or use `visuals='stock'`."
-        ) from error
-    logger.info("light visuals: decimating the meshes of %s (once)", urdf.name)
-    try:
-        _build_light_urdf(urdf, building, ratio)
-        with contextlib.suppress(OSError):  # another process was faster; its folder is as good as ours
-            building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return light
+    name = f"{urdf.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+    def build(folder: Path) -> None:
+        logger.info("light visuals: decimating the meshes of %s (once)", urdf.name)
+        _build_light_urdf(urdf, folder, ratio)
+
+    return build_once(name, build) / urdf.name
 
 
 def _build_light_urdf(urdf: Path, folder: Path, ratio: float) -> None:
@@ -240,15 +219,15 @@ def _set_until_exit(stack: contextlib.ExitStack, target: Any, name: str, value: 
     setattr(target, name, value)
 
 
-def use_visuals(visuals: str, robot_uid: str = "panda") -> contextlib.AbstractContextManager[None]:
-    """The context to make an environment in: [`light_visuals`] for `"light"`, one that does nothing for `"stock"`."""
-    return light_visuals(robot_uid) if resolve_visuals(visuals, "cpu") == "light" else contextlib.nullcontext()
+@contextlib.contextmanager
+def use_visuals(visuals: str, robot_uid: str = "panda") -> Iterator[None]:
+    """The context to make an environment in: [`light_visuals`] for `"light"`; [`quick_first_frame`] for both."""
+    light = resolve_visuals(visuals, "cpu") == "light"
+    with quick_first_frame(), light_visuals(robot_uid) if light else contextlib.nullcontext():
+        yield
 
 
 def warm_up(robot_uid: str = "panda") -> Path:
     """Fill the cache for a robot, so that no first run waits (set-up calls this). Returns the cache's folder."""
-    from trl_stare.envs.vulkan import select_vulkan_driver
-
-    select_vulkan_driver()
-    with light_visuals(robot_uid):
+    with use_visuals("light", robot_uid):
         return cache_folder()
