@@ -1,9 +1,10 @@
 """Collect a dataset of stage-labelled trajectories: demonstrations, noisy ones, or rollouts of any checkpoint.
 
     python recipes/collect.py --task StackCube-v1 --episodes 1000 --noise 0.08 --successes_only --output_dir data/demos
-    python recipes/collect.py --task StackCube-v1 --episodes 300 --policy outputs/ipi/imitation --output_dir data/rollouts
+    python recipes/collect.py --task StackCube-v1 --episodes 300 --episodes_per_seed 6 --policy outputs/ipi/imitation \
+        --output_dir data/rollouts
 
-Interrupt it whenever you like: every finished episode is kept, and the same command continues. The folder holds plain
+The second is what `recipes/pairs.py` compares: six episodes from each of 50 initial states. Interrupt it whenever you like: every finished episode is kept, and the same command continues. The folder holds plain
 parquet files: `datasets.load_dataset("data/demos")` reads them, and `trl_stare.data.load_trajectories` gives tensors.
 """
 
@@ -29,6 +30,9 @@ class CollectArguments:
     task: str = field(metadata={"help": "A registered task."})
     output_dir: str = field(metadata={"help": "The dataset's folder."})
     episodes: int = field(default=100, metadata={"help": "Episodes that the dataset shall hold."})
+    episodes_per_seed: int = field(
+        default=1, metadata={"help": "Episodes from each initial state; preference pairs need several."}
+    )
     policy: str = field(default="expert", metadata={"help": "'expert', 'random', or a checkpoint (folder or Hub id)."})
     noise: float = field(default=0.0, metadata={"help": "Share of the expert's steps that are random mistakes."})
     successes_only: bool = field(default=False, metadata={"help": "Keep successful episodes only."})
@@ -69,6 +73,7 @@ def main(args: CollectArguments) -> None:
             args.output_dir,
             plan,
             episodes=args.episodes,
+            episodes_per_seed=args.episodes_per_seed,
             first_seed=args.first_seed,
             seed=args.seed,
             successes_only=args.successes_only,

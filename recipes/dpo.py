@@ -2,8 +2,13 @@
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/dpo.py --model outputs/ipi/imitation \
         --trajectories data/rollouts --preferences data/pairs --output_dir outputs/dpo --step_micro_batch_size 32
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/dpo.py --model user/policy --model_revision v1 \
+        --trajectories user/stackcube-pairs --revision v1 --output_dir outputs/dpo --step_micro_batch_size 32
 
-`ddp.yaml`, `zero2.yaml` and `zero3.yaml` with `--num_processes N` train on N GPUs, or on a CPU in N processes. Every field of
+All data are checked before anything else is done. Episodes stay on disk; the rows that are trained on are written to
+`output_dir/_pairs` and mapped from there, with the reference's scores beside them.
+
+`ddp.yaml`, `fsdp.yaml`, `zero2.yaml` and `zero3.yaml` with `--num_processes N` train on N GPUs, or on a CPU in N processes. Every field of
 `StageDPOConfig` is a flag (`--loss_type ipo --objective tpo-mean`), or a line of a file given as `--config FILE`; LoRA is
 `--use_peft --lora_target_modules q_proj v_proj`. The same command with the same `--output_dir` continues where it stopped.
 """
@@ -11,11 +16,15 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
+from datasets import Dataset
+from huggingface_hub import snapshot_download
 from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_stare import StageDPOConfig, StageDPOTrainer, TokenPolicy
-from trl_stare.data import load_pairs, load_trajectories, pairs_dataset
+from trl_stare.data import TrajectoryFolder, check_traces, load_pairs, pairs_dataset, validate_dataset
+from trl_stare.data.hub import find_dataset
 
 
 @dataclass
@@ -23,8 +32,13 @@ class DPOArguments:
     """What to train on what; how is said by `StageDPOConfig` and TRL's `ModelConfig`."""
 
     model: str = field(metadata={"help": "Checkpoint that is trained and is its own reference (folder or Hub id)."})
-    trajectories: str = field(metadata={"help": "Folder of `save_trajectories`."})
-    preferences: str = field(metadata={"help": "Folder of `save_pairs`, made from these trajectories."})
+    trajectories: str = field(
+        metadata={"help": "Folder of trajectories (see `recipes/collect.py`), or dataset repository on the Hub."}
+    )
+    preferences: str | None = field(
+        default=None, metadata={"help": "Folder of their pairs (see `recipes/pairs.py`); default the repository's."}
+    )
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the dataset repository."})
     unnorm_key: str | None = field(
         default=None, metadata={"help": "Which of the checkpoint's statistics; not needed where there is one."}
     )
@@ -33,21 +47,39 @@ class DPOArguments:
 def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) -> None:
     """Train, and save to `output_dir`."""
     set_seed(config.seed)  # LoRA's first weights are random
-    policy = TokenPolicy.from_pretrained(
-        args.model,
-        args.unnorm_key,
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-    )
     peft_config = get_peft_config(model_args)
     if peft_config is not None:
         peft_config.task_type = None  # PEFT's tasks are those of text models
-    pairs = pairs_dataset(load_trajectories(args.trajectories), load_pairs(args.preferences))
-    trainer = StageDPOTrainer(policy, config, pairs, peft_config=peft_config)
+    first = PartialState().is_local_main_process
+    with PartialState().local_main_process_first():
+        trajectories, preferences = find_data(args)
+        if first:
+            validate_dataset(trajectories, preferences)
+        checkpoint = args.model
+        if not Path(checkpoint).is_dir():
+            checkpoint = snapshot_download(args.model, revision=model_args.model_revision)
+    # by all processes at once: ZeRO-3 divides the weights among them
+    policy = TokenPolicy.from_pretrained(
+        checkpoint, args.unnorm_key, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+    )
+    rows = Path(config.output_dir) / "_pairs" / "pairs.arrow"
+    with PartialState().local_main_process_first():
+        if first:
+            episodes = TrajectoryFolder(trajectories)
+            check_traces(episodes, policy)
+            pairs_dataset(episodes, load_pairs(preferences), file=rows)
+    trainer = StageDPOTrainer(policy, config, Dataset.from_file(str(rows)), peft_config=peft_config)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_whole_checkpoint(config.output_dir))
     trainer.save_model(config.output_dir)
     trainer.end()
+
+
+def find_data(args: DPOArguments) -> tuple[Path, Path]:
+    """The folders of trajectories and pairs."""
+    trajectories, preferences = find_dataset(args.trajectories, args.preferences, revision=args.revision)
+    if preferences is None:
+        raise ValueError(f"`preferences` must be given, got None, and {args.trajectories!r} has none of its own.")
+    return trajectories, preferences
 
 
 def last_whole_checkpoint(folder: str) -> str | None:

@@ -211,7 +211,9 @@ def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: A
     count = int(config.num_train_epochs) * config.episodes_per_iteration
     starts = Dataset.from_dict({"seed": list(range(INTERACTION_SEEDS, INTERACTION_SEEDS + count))})
     trainer = StagePPOTrainer(policy, config, env, plan, starts)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
+    trainer.train(resume_from_checkpoint=True)
+    if not trainer.is_finished:  # SIGTERM: the same command continues
+        sys.exit(143)
     save_phase(args, "interaction", trainer, trainer.env_steps, list(starts["seed"]))
 
 

@@ -3,7 +3,8 @@
     python recipes/pairs.py --trajectories data/rollouts --output_dir data/pairs
     python recipes/pairs.py --trajectories data/rollouts --output_dir data/pairs --max_pairs_per_start 8 --balance
 
-The trajectories need several episodes per seed. The table that is printed is stored as `data/pairs_yield.json`, and comes
+The trajectories need several episodes per seed (`recipes/collect.py --episodes_per_seed 6`), and may be those of a repository
+on the Hub (`--trajectories user/name`). All of them are checked first. The table that is printed is stored as `data/pairs_yield.json`, and comes
 into the dataset's card when the pairs are pushed (`recipes/push_to_hub.py`).
 """
 
@@ -13,8 +14,8 @@ from dataclasses import dataclass, field
 from trl import TrlParser
 
 from trl_stare import get_plan
-from trl_stare.data import build_pairs, format_yield, save_pairs
-from trl_stare.data.folder import TrajectoryFolder
+from trl_stare.data import TrajectoryFolder, build_pairs, format_yield, save_pairs, validate_dataset
+from trl_stare.data.hub import find_dataset
 from trl_stare.data.pairs import save_yield
 from trl_stare.tasks import import_tasks
 
@@ -25,7 +26,11 @@ logger = logging.getLogger("pairs")
 class PairsArguments:
     """What to compare, and which pairs to keep."""
 
-    trajectories: str = field(metadata={"help": "Folder of stored trajectories (see `recipes/collect.py`)."})
+    trajectories: str = field(
+        metadata={
+            "help": "Folder of stored trajectories (see `recipes/collect.py`), or dataset repository on the Hub."
+        }
+    )
     output_dir: str = field(metadata={"help": "The pairs' folder."})
     objective: str = field(
         default="sta-tpo", metadata={"help": "'sta-tpo': pairs of stages; 'tpo-mean', 'tpo-sum': whole trajectories."}
@@ -36,6 +41,7 @@ class PairsArguments:
     )
     balance: bool = field(default=False, metadata={"help": "Keep equally many pairs of every stage."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice where not all pairs are kept."})
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a repository."})
     task_module: str | None = field(
         default=None, metadata={"help": "Module, or its file, that registers tasks of your own."}
     )
@@ -44,7 +50,9 @@ class PairsArguments:
 def main(args: PairsArguments) -> None:
     """Compare every two episodes from one start, and store the pairs with their yield."""
     import_tasks(args.task_module)
-    trajectories = TrajectoryFolder(args.trajectories, images=False)
+    folder, _ = find_dataset(args.trajectories, revision=args.revision)
+    validate_dataset(folder)
+    trajectories = TrajectoryFolder(folder, images=False)
     pairs = build_pairs(
         trajectories,
         get_plan(trajectories[0].task),

@@ -2,6 +2,7 @@
 
 It speaks what huggingface_hub 2.4 and datasets 5.2 ask of dataset repositories where `HF_HUB_DISABLE_XET=1` is set before
 their import: large files go through LFS with the "basic" transfer. The client must have `HF_ENDPOINT` set as early.
+Models can be read: to this Hub they are repositories like any other.
 """
 
 import base64
@@ -12,8 +13,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-API = re.compile(r"/api/datasets/([^/]+/[^/]+)(?:/([^/]+)(?:/(.*))?)?")
-RESOLVE = re.compile(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+API = re.compile(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/([^/]+)(?:/(.*))?)?")
+RESOLVE = re.compile(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 LFS_BATCH = re.compile(r"/datasets/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 LFS_OBJECT = re.compile(r"/lfs/([0-9a-f]{64})(/verify)?")
 IN_LFS = (".parquet", ".png")
@@ -47,6 +48,18 @@ class MiniHub:
         """Spoil the next request that fits. `do`: `"status"`, answer with `status`; `"close"`, hang up; `"after"`, do the
         work and hang up instead of answering; `"corrupt"`, flip the first byte of what is sent."""
         self.faults.append((method, re.compile(pattern), do, status))
+
+    def publish(self, repo_id: str, folder):
+        """A new commit that holds the files of `folder`, as if somebody had pushed them."""
+        files = {}
+        for path in sorted(folder.iterdir()):
+            data = path.read_bytes()
+            self.blobs[git_oid(data)] = data
+            files[path.name] = {"key": git_oid(data), "oid": git_oid(data), "size": len(data), "lfs": False}
+        repo = self.repos.setdefault(repo_id, {"private": False, "commits": []})
+        commit = hashlib.sha1(json.dumps([files, len(repo["commits"])]).encode()).hexdigest()
+        repo["commits"].append({"id": commit, "files": files})
+        return commit
 
     def take_fault(self, method: str, path: str):
         """What to do to this request, and the status; each fault is used once."""

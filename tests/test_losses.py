@@ -10,6 +10,7 @@ from trl_stare.losses import (
     margin_loss,
     ppo_policy_loss,
     ppo_value_loss,
+    reference_kl,
     stage_preference_loss,
 )
 
@@ -207,6 +208,35 @@ class TestValueLoss:
     def test_refuses_to_broadcast(self):
         with pytest.raises(ValueError, match=r"`values` must have shape \[3\], got \[3, 1\]"):
             ppo_value_loss(torch.zeros(3, 1), torch.zeros(3), torch.zeros(3), clip_range=None, huber_delta=None)
+
+
+class TestReferenceKL:
+    def test_literal_values_of_unmasked_tokens(self):
+        logps = torch.tensor([[-2.0, -1.0, -1.0]])
+        ref = logps + torch.tensor([[math.log(2), 0.0, 50.0]])
+        kl = reference_kl(logps, ref, torch.tensor([[True, True, False]]))
+        assert kl.item() == pytest.approx((1 - math.log(2)) / 2)
+
+    def test_its_mean_over_samples_is_the_kl(self):
+        """k3 is unbiased: weighted with the new probabilities it is KL(new | reference) itself."""
+        new, ref = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+        tokens = [reference_kl(n.log().view(1, 1), r.log().view(1, 1), torch.ones(1, 1, dtype=torch.bool))
+                  for n, r in zip(new, ref, strict=True)]  # fmt: skip
+        expected = (new * (new / ref).log()).sum()
+        torch.testing.assert_close((new * torch.stack(tokens)).sum(), expected)
+
+    def test_at_the_reference_it_is_zero_and_flat(self):
+        logps = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        kl = reference_kl(logps, logps.detach(), torch.ones(3, 4, dtype=torch.bool))
+        kl.backward()
+        assert kl.item() == 0.0 and (logps.grad == 0).all()
+
+    def test_refusals(self):
+        zeros, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+        with pytest.raises(ValueError, match=r"`ref_logps` must have shape \[2, 3\], got \[2, 1\]"):
+            reference_kl(zeros, zeros[:, :1], mask)
+        with pytest.raises(ValueError, match="`mask` must keep at least one"):
+            reference_kl(zeros, zeros, ~mask)
 
 
 class TestStagePreferenceLoss:

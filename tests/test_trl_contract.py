@@ -53,6 +53,14 @@ METHODS = [
     (Trainer, "create_optimizer", [], "the value head would have no learning rate of its own"),
     (Trainer, "training_step", ["model", "inputs"], "the loop would not be HF's"),
     (Trainer, "save_model", ["output_dir"], "checkpoints would lack the processor or the value head"),
+    (Trainer, "_save_checkpoint", ["model", "trial"], "checkpoints would not be written beside and then renamed"),
+    (Trainer, "_get_output_dir", ["trial"], "checkpoints would be written in place, file by file"),
+    (
+        Trainer,
+        "get_batch_samples",
+        ["epoch_iterator", "num_batches"],
+        "an iteration without batches might not end a run",
+    ),
     (
         Trainer,
         "evaluate",
@@ -77,6 +85,10 @@ SOURCES = [
     (DPOTrainer.__init__, "add_fused_lm_head(", "`keep_forward` would guard against nothing: remove it"),
     (DPOTrainer.__init__, "args.precompute_ref_log_probs", "a second model might be loaded as reference"),
     (DPOTrainer._save_checkpoint, "create_model_card", "checkpoints would have no card"),
+    (Trainer._save_checkpoint, "self._get_output_dir(", "checkpoints would be written in place, file by file"),
+    (Trainer._save_checkpoint, "self.state.save_to_json(", "checkpoints would lack the trainer's state"),
+    (Trainer._run_epoch, "on_pre_optimizer_step", "updates that are not finite would not be skipped"),
+    (Trainer._run_epoch, "if step < 0:", "a run stopped within a rollout would go on"),
     (PreTrainedModel.from_pretrained, "output_loading_info", "`restore_weights` could not see missing keys"),
 ]
 

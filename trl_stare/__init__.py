@@ -1,6 +1,8 @@
 """trl-stare: fine-tune vision-language-action policies stage by stage (STARE-VLA, arXiv 2512.05107) with Hugging Face TRL."""
 
+import warnings
 from importlib import import_module
+from multiprocessing import parent_process
 from typing import Any
 
 __version__ = "0.1.0"
@@ -19,6 +21,10 @@ _PUBLIC = {
     "StagePlan": "trl_stare.stages",
     "get_plan": "trl_stare.stages",
     "TokenPolicy": "trl_stare.policies",
+    "HFVLMPolicy": "trl_stare.policies",
+    "OpenVLAConfig": "trl_stare.policies",
+    "OpenVLAForActionPrediction": "trl_stare.policies",
+    "OpenVLAProcessor": "trl_stare.policies",
     "evaluate": "trl_stare.evaluation.evaluate",
 }
 
@@ -34,3 +40,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# After `import trl_stare` transformers' Auto classes must know our models. A simulator's worker process never loads one, and
+# does without the three seconds and 150 MB that transformers takes.
+if parent_process() is None:
+    try:
+        import_module("trl_stare.policies")
+    except (ImportError, RuntimeError) as error:
+        warnings.warn(
+            f"transformers cannot load policies here ({error}). Run `python -m trl_stare.envs.doctor` for the cause.",
+            stacklevel=2,
+        )

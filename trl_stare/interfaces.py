@@ -32,35 +32,84 @@ class Observation(NamedTuple):
     state: Tensor | None
 
 
+class EpisodeStart(NamedTuple):
+    """Where an episode begins: at a seed's initial state, or some steps later.
+
+    A simulator's state cannot be stored and restored exactly, but the same seed and actions lead to the same state.
+
+    Attributes:
+        seed (`int`): names the initial state, at least 0.
+        actions (`Tensor` or `None`): `[P, A]` robot units, executed without rendering before the policy first looks. The time
+            limit counts them too.
+
+    Example: `EpisodeStart(7, trajectory.actions[:25])` begins where `trajectory`, of seed 7, was after 25 steps.
+    """
+
+    seed: int
+    actions: Tensor | None = None
+
+
+class VoidEpisode(NamedTuple):
+    """An episode that ended because the simulator gave a value that is not finite. Nothing of it can be used.
+
+    Attributes:
+        episode (`int`): index into the starts given to `reset`.
+        step (`int`): after how many environment steps, those of its [`EpisodeStart`] included.
+        what (`str`): the value, e.g. `"signals['object_position']"`.
+    """
+
+    episode: int
+    step: int
+    what: str
+
+
+class Work(NamedTuple):
+    """Seconds that the average worker was busy with a [`Start`] or [`Step`].
+
+    Attributes:
+        simulate_s (`float`): physics, signals, scenes built anew. render_s (`float`): pictures.
+    """
+
+    simulate_s: float = 0.0
+    render_s: float = 0.0
+
+
 class Start(NamedTuple):
     """What [`VectorEnv.reset`] returns: the first moment of `N` episodes.
 
     Attributes:
         obs (`Observation`): first observations.
         signals (`Signals`): name -> `[N]` or `[N, D]`, at `obs`.
-        episode (`Tensor`): `[N]` int64, index into the seeds given to `reset`; -1 where there was no seed left.
+        episode (`Tensor`): `[N]` int64, index into the starts given to `reset`; -1 where there was none left.
+        voided (`tuple[VoidEpisode, ...]`): episodes that could not begin; others took their place.
+        work (`Work`): what it took.
     """
 
     obs: Observation
     signals: Signals
     episode: Tensor
+    voided: tuple[VoidEpisode, ...] = ()
+    work: Work = Work()
 
 
 class Step(NamedTuple):
-    """The result of one decision. Where an episode ended, the next seed's episode has already begun in `obs`.
+    """The result of one decision. Where an episode ended, the next start's episode has already begun in `obs`.
 
     Attributes:
         obs (`Observation`): what the policy looks at next.
         signals (`Signals`): name -> `[N]` or `[N, D]`, at `obs`.
-        episode (`Tensor`): `[N]` int64, which of `reset`'s seeds `obs` belongs to; -1 where none is left.
+        episode (`Tensor`): `[N]` int64, which of `reset`'s starts `obs` belongs to; -1 where none is left.
         chunk_signals (`Signals`): name -> `[N, C]` or `[N, C, D]`, after each environment step of the chunk; rows past
             `num_steps` repeat the last one.
         reward (`Tensor`): `[N, C]` float32, the task's own sparse reward of each environment step, 0 past `num_steps`.
-        num_steps (`Tensor`): `[N]` int64, environment steps executed; less than `C` where the episode ended, 0 for idle rows.
+        num_steps (`Tensor`): `[N]` int64, environment steps executed; less than `C` where the episode ended, 0 for idle rows
+            and where it was voided.
         terminated (`Tensor`): `[N]` bool, the task itself ended the episode (success).
         truncated (`Tensor`): `[N]` bool, the time limit did. Never both.
         final_obs (`Observation`): last observation of the episode that ended; equals `obs` in the other rows.
         final_signals (`Signals`): name -> `[N]` or `[N, D]`, at `final_obs`.
+        voided (`tuple[VoidEpisode, ...]`): episodes that ended without a result; all other values are finite.
+        work (`Work`): what the decision took.
     """
 
     obs: Observation
@@ -73,6 +122,8 @@ class Step(NamedTuple):
     truncated: Tensor
     final_obs: Observation
     final_signals: Signals
+    voided: tuple[VoidEpisode, ...] = ()
+    work: Work = Work()
 
 
 class ActionSample(NamedTuple):
@@ -151,7 +202,7 @@ class VLAPolicy(Protocol):
 
 
 class VectorEnv(Protocol):
-    """`num_envs` environments of one task that play a list of seeded episodes.
+    """`num_envs` environments of one task that play a list of episodes, each from its start.
 
     Attributes:
         num_envs (`int`): `N`. task (`str`): registered task name. instruction (`str`).
@@ -166,10 +217,11 @@ class VectorEnv(Protocol):
     signal_names: tuple[str, ...]
     metadata: dict[str, Any]
 
-    def reset(self, seeds: Sequence[int], *, ignore_terminations: bool = False) -> Start:
-        """Begin the episodes of `seeds`. Any number of them: finished environments take the next one by themselves.
+    def reset(self, starts: Sequence[int | EpisodeStart], *, ignore_terminations: bool = False) -> Start:
+        """Begin the episodes of `starts`. Any number of them: finished environments take the next one by themselves.
 
-        With `ignore_terminations` an episode goes on to its time limit after a success (evaluation: success at end).
+        An `int` is the start of that seed, without actions. With `ignore_terminations` an episode goes on to its time limit
+        after a success (evaluation: success at end).
         """
 
     def step(self, actions: Tensor) -> Step:
@@ -177,3 +229,18 @@ class VectorEnv(Protocol):
 
     def close(self) -> None:
         """End the simulators."""
+
+
+class VectorEnvPart(VectorEnv, Protocol):
+    """Some of the rows of a [`VectorEnv`], which can be stepped while something else is done.
+
+    A `VectorEnv` may have an attribute `parts`, a tuple of these: its rows in their order. After a `reset` of the whole they
+    play on independently of each other, and a rollout lets the policy act on one part while the others simulate. Without
+    `parts` an environment is played in one piece.
+    """
+
+    def step_async(self, actions: Tensor) -> None:
+        """Begin a decision: `[N, C, A]` robot-unit action chunks."""
+
+    def step_wait(self) -> Step:
+        """The result of the decision that [`step_async`] began."""

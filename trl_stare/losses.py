@@ -197,6 +197,32 @@ def ppo_value_loss(
     return losses.mean()
 
 
+def reference_kl(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
+    """KL(new | reference) in nats per action token, from tokens that the policy sampled itself.
+
+    `mean(exp(d) - 1 - d)` with `d = ref_logps - logps`: Schulman's k3 (http://joschu.net/blog/kl-approx.html), never negative, as in
+    GRPO (arXiv 2402.03300, eq. 4).
+
+    Args:
+        logps (`Tensor`): `[B, L]`, differentiable. ref_logps (`Tensor`): `[B, L]`, of the same tokens.
+        mask (`Tensor`): `[B, L]` bool, tokens whose action was executed.
+
+    Returns:
+        `Tensor`: scalar, the mean over unmasked tokens.
+
+    Raises:
+        ValueError: if shapes differ or nothing is unmasked.
+
+    Example: `ref_logps - logps = log 2` everywhere: 2 - 1 - log 2 = 0.307.
+    """
+    _check_shapes(logps.shape, 2, logps=logps, ref_logps=ref_logps, mask=mask)
+    _check_bool(mask=mask)
+    if not mask.any():
+        raise ValueError("`mask` must keep at least one token, got none. Drop the batch.")
+    gap = (ref_logps - logps)[mask]
+    return (gap.exp() - 1.0 - gap).mean()
+
+
 def margin_loss(margins: Tensor, *, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
     """The losses of TRL's `DPOTrainer` that are functions of one margin `m` per pair, by TRL's names.
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trl_stare.data.collators import PreferenceCollator, pairs_dataset
+from trl_stare.data.collators import PreferenceCollator, check_traces, pairs_dataset
 from trl_stare.data.pairs import StagePair
 from trl_stare.data.trajectory import Trajectory
 
@@ -92,3 +92,42 @@ def test_reference_scores_are_taken_along():
 def test_pairs_that_do_not_fit_are_refused(episodes, pair, message):
     with pytest.raises(ValueError, match=message):
         pairs_dataset(episodes, [pair])
+
+
+class Halves:
+    """A policy whose bin `b` is the action `b / 2`, with one action dimension and three steps a chunk."""
+
+    chunk_size, action_dim = 3, 1
+
+    def decode(self, trace):
+        return trace[..., None] / 2
+
+
+def rollout(number: int) -> Trajectory:
+    """Two decisions of three steps, of which the episode's end cut off the last."""
+    trace = torch.tensor([[1, 2, 3], [4, 5, 6]]) + number
+    actions = trace.flatten()[:5, None] / 2
+    return replace(EPISODES[2], starts=torch.tensor([0, 3]), trace=trace, actions=actions)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"trace": None}, r"`trajectories\[1\]` must have a trace, got None"),
+        (
+            {"trace": torch.zeros(2, 3, dtype=torch.int64)},
+            r"`trajectories\[1\]` must be a rollout of a policy with the same",
+        ),
+        ({"trace": torch.zeros(2, 4, dtype=torch.int64)}, r"got traces \[2, 4\] of 'toy' that decode to others"),
+        ({"starts": torch.tensor([0, 1])}, "same actions"),
+        ({"actions": torch.zeros(5, 2)}, "same actions"),
+    ],
+)
+def test_traces_are_what_was_executed(change, message):
+    trajectories = [rollout(0), replace(rollout(1), **change)]
+    if message is None:
+        return check_traces(trajectories, Halves())
+    with pytest.raises(ValueError, match=message):
+        check_traces(trajectories, Halves())
+    check_traces(trajectories, Halves(), episodes=1)

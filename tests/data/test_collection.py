@@ -1,5 +1,7 @@
 """Collections that are interrupted, continued and extended, on the real simulator."""
 
+import shutil
+
 import datasets
 import pytest
 import torch
@@ -77,6 +79,66 @@ def test_other_settings_are_refused(env, tmp_path):
         collected(env, tmp_path / "demos", 3, noise=0.5)
 
 
+def test_several_episodes_per_seed_each_exactly_once(env, tmp_path):
+    """Interrupted in the middle of a seed, continued, extended: rows stay in the order of (seed, repeat)."""
+    done, flags = [], {"noise": 0.5, "episodes_per_seed": 3, "first_seed": 7}
+
+    def interrupt(trajectory):
+        done.append(trajectory)
+        if len(done) == 4:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        collected(env, tmp_path / "demos", 7, on_episode=interrupt, **flags)
+    seen = []
+    first = collected(env, tmp_path / "demos", 7, on_open=seen.append, on_episode=done.append, **flags)
+    assert seen == [4] and len(done) == 7
+    assert [trajectory.seed for trajectory in first] == [7, 7, 7, 8, 8, 8, 9]
+    # every row is one of those that were played, and no two are the same one
+    rows = {tuple(trajectory.actions.flatten().tolist()) for trajectory in first}
+    assert rows == {tuple(trajectory.actions.flatten().tolist()) for trajectory in done} and len(rows) == 7
+
+    extended = collected(env, tmp_path / "demos", 10, **flags)
+    assert [trajectory.seed for trajectory in extended] == [7, 7, 7, 8, 8, 8, 9, 9, 9, 10]
+    assert all(torch.equal(one.actions, two.actions) for one, two in zip(first, extended[:7], strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["demos"]
+    with pytest.raises(ValueError, match="`episodes_per_seed` must be 1 with `successes_only`, got 3"):
+        collected(env, tmp_path / "other", 3, successes_only=True, episodes_per_seed=3)
+
+
+def test_what_was_tidied_up_too_late_is_not_taken_twice(env, tmp_path):
+    """Killed between the two: the dataset is in its place, and the single episodes are still there."""
+    collected(env, tmp_path / "demos", 3, episodes_per_seed=2)
+    partial = tmp_path / ".demos.partial"
+    partial.mkdir()
+    for key in ("0-0", "0-1", "1-0"):
+        shutil.copytree(tmp_path / "demos", partial / key)
+    assert [t.seed for t in collected(env, tmp_path / "demos", 2, episodes_per_seed=2)] == [0, 0, 1]
+    assert not partial.exists()
+
+
+def test_failures_are_not_played_again_when_successes_are_extended(env, tmp_path):
+    class Recorded:
+        """The environment, and which seeds it was given."""
+
+        def __init__(self):
+            self.seeds = []
+
+        def __getattr__(self, name):
+            return getattr(env, name)
+
+        def reset(self, seeds, **options):
+            self.seeds += seeds
+            return env.reset(seeds, **options)
+
+    options = {"noise": 0.4, "successes_only": True}
+    kept = [trajectory.seed for trajectory in collected(env, tmp_path / "demos", 3, **options)]
+    assert kept[-1] > 2, "no seed failed"
+    again = Recorded()
+    more = [trajectory.seed for trajectory in collected(again, tmp_path / "demos", 4, **options)]
+    assert more[:3] == kept and min(again.seeds) == kept[-1] + 1
+
+
 def test_successes_only_and_the_same_twice(env, tmp_path):
     noisy = [collected(env, tmp_path / name, 4, noise=0.3, successes_only=True) for name in ("a", "b")]
     assert len(noisy[0]) == 4 and all(trajectory.success_once for trajectory in noisy[0])
@@ -108,3 +170,5 @@ def test_actors_that_cannot_be(policy, task, noise, message):
 def test_no_episodes(env, tmp_path):
     with pytest.raises(ValueError, match="`episodes` must be at least 1, got 0"):
         collected(env, tmp_path / "demos", 0)
+    with pytest.raises(ValueError, match="`episodes_per_seed` must be at least 1, got 0"):
+        collected(env, tmp_path / "demos", 1, episodes_per_seed=0)

@@ -15,7 +15,7 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from trl_stare.data.hub import download_dataset, push_dataset
+from trl_stare.data.hub import download_dataset, find_dataset, push_dataset
 from trl_stare.data.pairs import build_pairs, load_yield, save_yield, yield_file
 from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories
 from trl_stare.data.validate import InvalidDatasetError
@@ -184,6 +184,25 @@ def test_invalid_data_are_not_pushed(hub, client, folders, repo_id, tmp_path):
     with pytest.raises(ValueError, match="`yield_table` must count the pairs"):
         push_dataset(folders[0], tmp_path / "pairs", repo_id)
     assert repo_id not in hub.repos
+
+
+def test_folders_and_repositories_are_found(hub, client, folders, repo_id, tmp_path):
+    assert find_dataset(*folders) == folders and find_dataset(folders[0]) == (folders[0], None)
+    commit = client(push_dataset, *folders, repo_id)
+    save_pairs([], tmp_path / "none")
+    client(push_dataset, folders[0], None, repo_id)
+    for revision, own in (("main", False), (commit, True)):
+        found = client(find_dataset, repo_id, revision=revision)
+        assert contents(found[0]) == contents(folders[0])
+        assert (found[1] is not None) == own and (not own or contents(found[1]) == contents(folders[1]))
+    assert client(find_dataset, repo_id, tmp_path / "none", revision=commit)[1] == tmp_path / "none"
+    for wrong in ("user/nothing", "data/roll/outs", str(tmp_path / "nowhere")):
+        with pytest.raises(
+            FileNotFoundError, match=f"`trajectories` must be a folder or a repository .* got '{wrong}'"
+        ):
+            client(find_dataset, wrong)
+    with pytest.raises(FileNotFoundError, match="`preferences` must be a folder, got 'nowhere'"):
+        find_dataset(folders[0], "nowhere")
 
 
 def test_the_card_tells_what_is_there(hub, client, folders, repo_id):

@@ -141,3 +141,10 @@ def test_a_file_that_is_not_ours_names_itself_and_the_column(tmp_path, episode):
     file.write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match=r"train-00000.*must be a parquet file"):
         load_trajectories(folder)
+
+
+def test_a_prefix_is_not_lost_silently(tmp_path, episode):
+    begun_late = replace(episode(0), prefix=torch.zeros(5, 7))
+    with pytest.raises(ValueError, match="got one at 0 whose `prefix` of 5 actions came first"):
+        save_trajectories([begun_late], tmp_path / "late", PLAN)
+    assert not (tmp_path / "late").exists()

@@ -1,9 +1,9 @@
 """Model cards are written without a network and read back as the Hub would."""
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
-from trl_stare.evaluation import EpisodeResult, PhaseResult, card_template, write_model_card
+from trl_stare.evaluation import EpisodeResult, PhaseResult, card_template, publish_results, write_model_card
 from trl_stare.stages import Segment
 
 
@@ -72,3 +72,19 @@ def test_bad_input_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="got 'poem.md'"):
         card_template("poem.md")
     assert not list(tmp_path.iterdir())
+
+
+def test_results_replace_those_of_their_task_and_metric_and_leave_the_rest(tmp_path):
+    def result(task, value):
+        return EvalResult(
+            task_type="robotics", dataset_type=task, dataset_name=task, metric_type="success_once", metric_value=value
+        )
+
+    for results in ([result("A", 0.1), result("B", 0.2)], [result("A", 0.3)]):
+        assert publish_results(str(tmp_path), results) == str(tmp_path / "README.md")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert sorted((each.dataset_type, each.metric_value) for each in card.data.eval_results) == [
+        ("A", 0.3),
+        ("B", 0.2),
+    ]
+    assert card.data.model_name == tmp_path.name and f"# {tmp_path.name}" in card.text

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_stare.interfaces import Observation, VLAPolicy
-from trl_stare.policies import ActionBins, TokenPolicy, norm_stats
+from trl_stare.policies import ActionBins, StareVLAPolicy, TokenPolicy, norm_stats
 
 STATS = {
     "StackCube-v1": {
@@ -73,7 +73,7 @@ def test_statistics_of_dimensions_that_never_move():
 def test_unknown_statistics_list_the_known_ones():
     policy = make_policy()
     with pytest.raises(ValueError, match=r"\['StackCube-v1'\], got 'bridge'"):
-        TokenPolicy(policy.model, policy.processor, unnorm_key="bridge")
+        StareVLAPolicy(policy.model, policy.processor, unnorm_key="bridge")
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])

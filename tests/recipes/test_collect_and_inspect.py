@@ -22,13 +22,14 @@ def run(recipe: str, **flags) -> subprocess.CompletedProcess:
 
 def test_collect(tmp_path):
     flags = {"task": "StackCube-v1", "noise": 0.05, "num_envs": 2, "image_size": 32, "output_dir": tmp_path / "demos"}
-    done = run("collect", episodes=2, **flags)
+    flags |= {"episodes_per_seed": 2}
+    done = run("collect", episodes=3, **flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "demos holds 2 episodes" in done.stderr
+    assert "demos holds 3 episodes" in done.stderr
     trajectories = load_trajectories(tmp_path / "demos")
-    assert [trajectory.seed for trajectory in trajectories] == [100_000, 100_001]
+    assert [trajectory.seed for trajectory in trajectories] == [100_000, 100_000, 100_001]
     assert trajectories[0].images.shape[1:] == (32, 32, 3)
-    other = run("collect", episodes=3, **flags | {"noise": 0.2})
+    other = run("collect", episodes=4, **flags | {"noise": 0.2})
     assert other.returncode != 0 and "must be new or of the same collection" in other.stderr
 
 

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from trl_stare.data.collators import PreferenceCollator, pairs_dataset
-from trl_stare.data.pairs import StagePair
+from trl_stare.data.pairs import StagePair, build_pairs
 from trl_stare.data.schema import save_pairs, save_trajectories
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.policies.token_policy import TokenPolicy
@@ -39,17 +39,21 @@ def episode(num_decisions: int, seed: int) -> Trajectory:
     """`num_decisions` chunks of noise, all from seed 7's start."""
     g = torch.Generator().manual_seed(seed)
     steps = num_decisions * CHUNK
+    images = torch.randint(0, 256, (num_decisions, 16, 16, 3), generator=g, dtype=torch.uint8)
+    state = torch.randn(num_decisions, STATE, generator=g)
+    trace = torch.randint(0, BINS, (num_decisions, CHUNK * ACTION_DIM), generator=g)
+    actions = (trace - BINS // 2).view(steps, ACTION_DIM) / (BINS // 2)  # what the policy's bins of scale 1 stand for
     return Trajectory(
         task="Toy-v1",
         instruction="stack the red cube",
         seed=7,
         policy="toy",
-        images=torch.randint(0, 256, (num_decisions, 16, 16, 3), generator=g, dtype=torch.uint8),
-        state=torch.randn(num_decisions, STATE, generator=g),
+        images=images,
+        state=state,
         starts=torch.arange(0, steps, CHUNK),
-        actions=torch.zeros(steps, ACTION_DIM),
-        labels=torch.zeros(steps, ACTION_DIM),
-        trace=torch.randint(0, BINS, (num_decisions, CHUNK * ACTION_DIM), generator=g),
+        actions=actions,
+        labels=actions,
+        trace=trace,
         logps=None,
         features=None,
         final_image=torch.zeros(16, 16, 3, dtype=torch.uint8),
@@ -125,17 +129,40 @@ def decision_logps(policy, index):
         return policy.score(batch["inputs"], batch["trace"])[: len(EPISODES[index].starts)]
 
 
-def save_toy(folder, pairs=STAGE_PAIRS) -> dict[str, str]:
-    """Checkpoint, trajectories and pairs as folders; returns the flags of recipes/dpo.py that name them."""
-    stages = [
-        Stage(name=name, done=succeeded, distance=lambda s: 1.0 - s["success"].float(), scale=1.0, reads=("success",))
-        for name in ("Reach", "Grasp")
+def save_toy(folder) -> dict[str, str]:
+    """Checkpoint, rollouts and four of their pairs as folders; returns the flags of recipes/dpo.py that name them."""
+    plan = StagePlan(
+        "Toy-v1",
+        tuple(
+            Stage(name=name, done=done, distance=lambda s: 1.0 - s["success"].float(), scale=1.0, reads=reads)
+            for name, done, reads in (
+                ("Reach", lambda s: s["is_near"], ("is_near", "success")),
+                ("Grasp", succeeded, ("success",)),
+            )
+        ),
+    )
+    rollouts = [
+        outcome(episode(5, 1), near_at=4, success_at=10),
+        outcome(episode(3, 2), near_at=2),
+        outcome(episode(1, 3)),
+        outcome(episode(1, 4)),
     ]
     make_policy().save_pretrained(folder / "checkpoint")
-    save_trajectories(EPISODES, folder / "trajectories", StagePlan("Toy-v1", tuple(stages)), metadata={})
-    save_pairs(pairs, folder / "pairs")
+    save_trajectories(rollouts, folder / "trajectories", plan, metadata={})
+    # of Reach 0 > 3, 1 > 2 and 1 > 3, of Grasp 0 > 1
+    save_pairs(build_pairs(rollouts, plan).pairs[1:], folder / "pairs")
     return {
         "model": str(folder / "checkpoint"),
         "trajectories": str(folder / "trajectories"),
         "preferences": str(folder / "pairs"),
     }
+
+
+def outcome(trajectory: Trajectory, *, near_at: int | None = None, success_at: int | None = None) -> Trajectory:
+    """The episode with events at these steps."""
+    rows = torch.arange(trajectory.num_steps + 1)
+    signals = {
+        name: rows >= (len(rows) if at is None else at) for name, at in (("is_near", near_at), ("success", success_at))
+    }
+    ends = {"terminated": success_at is not None, "truncated": success_at is None}
+    return replace(trajectory, signals=signals, reward=signals["success"][1:].float(), **ends)

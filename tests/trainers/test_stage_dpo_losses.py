@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from stage_dpo_toy import STAGE_PAIRS, WHOLE_PAIRS, batch_of, loss_and_logits, make_policy, make_trainer, perturb
 from trl import DPOTrainer
 
@@ -69,3 +70,15 @@ def test_bf16_and_gradient_checkpointing_train(tmp_path, options):
     assert dtypes == {torch.bfloat16 if options.get("bf16") else torch.float32}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def test_lora_in_bf16_with_gradient_checkpointing_and_micro_batches(tmp_path):
+    policy = make_policy()
+    base = [(parameter, parameter.detach().clone()) for parameter in policy.model.parameters()]
+    lora = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    options = {"bf16": True, "gradient_checkpointing": True, "step_micro_batch_size": 2, "learning_rate": 1e-2}
+    trainer = make_trainer(policy, tmp_path, STAGE_PAIRS[:3], peft_config=lora, max_steps=6, **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(parameter, before) for parameter, before in base)

@@ -1,19 +1,25 @@
-"""recipes/dpo.py on toy folders: full fine-tuning, LoRA, continuing; one process and two of DDP, ZeRO-2 and ZeRO-3."""
+"""recipes/dpo.py on toy folders: full fine-tuning, LoRA, continuing; one process and two of DDP, FSDP, ZeRO-2 and ZeRO-3."""
 
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from stage_dpo_toy import make_policy, save_toy
 from trl import ModelConfig, TrlParser
 
 from trl_stare import StageDPOConfig, TokenPolicy
+from trl_stare.data import InvalidDatasetError, load_pairs, save_pairs
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from minihub import MiniHub  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -57,6 +63,19 @@ def test_it_trains_and_continues(recipe, folders, tmp_path):
     initial = make_policy().model.state_dict()
     assert any(not torch.equal(trained[name], initial[name]) for name in initial)
 
+    card = ModelCard.load(tmp_path / "whole" / "README.md")
+    assert card.data.pipeline_tag == "robotics" and {"trl", "sta-tpo", "robotics"} <= set(card.data.tags)
+    for part in (
+        "# whole",
+        "policy for Toy-v1, fine-tuned on pairs",
+        "4 pairs: Reach 3, Grasp 1. Step 6 of 6.",
+        "| objective | sta-tpo |",
+        "| learning_rate | 0.001 |",
+        "TokenPolicy.from_pretrained('whole')",
+    ):
+        assert part in card.content, part
+    assert "time machine" not in card.content and "None" not in card.content
+
     run(recipe, folders, tmp_path / "two", max_steps=3, lr_scheduler_type="constant")
     (tmp_path / "two" / "checkpoint-5").mkdir()  # as a process leaves it that is killed while it saves
     run(recipe, folders, tmp_path / "two", lr_scheduler_type="constant")
@@ -68,6 +87,7 @@ def test_lora_saves_an_adapter(recipe, folders, tmp_path):
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert weights and all("lora_" in name for name in weights)
     assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+    assert "PeftModel.from_pretrained(policy.model, " in (tmp_path / "README.md").read_text()
 
 
 def test_a_loss_that_needs_more_than_a_margin_is_refused_by_name(recipe, folders, tmp_path):
@@ -76,12 +96,68 @@ def test_a_loss_that_needs_more_than_a_margin_is_refused_by_name(recipe, folders
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_everything_from_the_hub_at_a_revision(folders, tmp_path):
+    """Model, trajectories and pairs of an older revision than main; in a process that knows no other Hub."""
+    with MiniHub() as hub:
+        model = hub.publish("user/policy", Path(folders["model"]))
+        hub.publish("user/policy", Path(folders["trajectories"]))  # main is no model any more
+        env = os.environ | {
+            "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": "hf_writer", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        pushed = subprocess.run(
+            [sys.executable, "recipes/push_to_hub.py", "--repo_id", "user/toy", "--trajectories", folders["trajectories"],
+             "--preferences", folders["preferences"]], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert pushed.returncode == 0, pushed.stderr[-2000:]
+        data = hub.repos["user/toy"]["commits"][-1]["id"]
+        hub.publish("user/toy", Path(folders["model"]))
+        given = {"model": "user/policy", "model_revision": model, "trajectories": "user/toy", "revision": data}
+        done = subprocess.run(
+            [sys.executable, "recipes/dpo.py", *flags_of(given, tmp_path / "out")],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(losses_of(tmp_path / "out")) == STEPS
+    assert [path.suffix for path in (tmp_path / "out" / "_pairs").iterdir()].count(".arrow") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ("pairs of others", InvalidDatasetError, "the dataset must be without problems, got"),
+        ("another checkpoint", ValueError, "must be a rollout of a policy with the same actions"),
+        ("no pairs", ValueError, "`preferences` must be given, got None"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_before_anything_is_made(
+    recipe, folders, tmp_path, change, kind, message
+):
+    given = dict(folders)
+    if change == "pairs of others":
+        pairs = load_pairs(folders["preferences"])
+        save_pairs([replace(pairs[0], chosen=9), *pairs[1:]], tmp_path / "pairs")
+        given["preferences"] = str(tmp_path / "pairs")
+    elif change == "another checkpoint":
+        policy = make_policy()
+        policy.model.config.norm_stats["toy"]["action"]["scale"] = [2.0] * 3
+        policy.save_pretrained(tmp_path / "other")
+        given["model"] = str(tmp_path / "other")
+    else:
+        del given["preferences"]
+    with pytest.raises(kind, match=message):
+        run(recipe, given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
 def test_two_processes_have_the_losses_of_one(recipe, folders, tmp_path, name):
     """The same global batch: two pairs in one process, or one pair in each of two."""
-    if name != "ddp":
-        pytest.importorskip("deepspeed")
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed. Run: pip install 'trl-stare[deepspeed]'")
     config = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
     flags = flags_of(folders, tmp_path / "two", per_device_train_batch_size=1)

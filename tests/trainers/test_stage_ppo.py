@@ -1,107 +1,15 @@
 """StagePPOTrainer: a trivial environment is learned, the first ratio is 1, resuming is exact."""
 
-from typing import Any
-
 import pytest
 import torch
 from datasets import Dataset
-from torch import Tensor
+from ppo_toy import PLAN, ToyEnv, make_policy, make_trainer, make_trajectory
 
-from trl_stare.data import Trajectory, play
-from trl_stare.interfaces import Observation, Start, Step
+from trl_stare.data import play
 from trl_stare.policies import TokenPolicy
 from trl_stare.stages import Stage, StagePlan
-from trl_stare.stages.measures import succeeded
 from trl_stare.trainers import StagePPOConfig, StagePPOTrainer
 from trl_stare.trainers.ppo_batch import advantages_and_returns, decision_rewards, executed_tokens
-
-STATS = {"toy": {"action": {"scale": [1.0]}, "state": {"mean": [0.0], "std": [1.0]}}}
-PLAN = StagePlan(
-    "toy",
-    (
-        Stage(name="Near", done=lambda s: s["distance"][..., 0] < 0.5, distance=lambda s: s["distance"][..., 0],
-              scale=1.0, reads=("distance",)),
-        Stage(name="Hit", done=succeeded, distance=lambda s: s["distance"][..., 0], scale=1.0, reads=("distance", "success")),
-    ),
-)  # fmt: skip
-
-
-class ToyEnv:
-    """A point at x = +-1 must come within 0.3 of 0 in six steps; an action moves it by at most 0.5."""
-
-    task, instruction, max_episode_steps, signal_names = "toy", "go to the middle", 6, ("distance", "success")
-    metadata: dict[str, Any] = {}
-
-    def __init__(self, num_envs: int = 8, chunk_size: int = 1):
-        self.num_envs, self.chunk_size = num_envs, chunk_size
-
-    def reset(self, seeds, *, ignore_terminations: bool = False) -> Start:
-        self.seeds, self.ignore = list(seeds), ignore_terminations
-        self.queue, self.episode = list(range(len(self.seeds))), torch.full((self.num_envs,), -1)
-        self.x, self.time = torch.zeros(self.num_envs), torch.zeros(self.num_envs, dtype=torch.int64)
-        for row in range(self.num_envs):
-            self._begin(row)
-        return Start(self._obs(), self._signals(), self.episode.clone())
-
-    def _begin(self, row: int) -> None:
-        self.episode[row] = self.queue.pop(0) if self.queue else -1
-        self.x[row] = 1.0 if self.episode[row] >= 0 and self.seeds[self.episode[row]] % 2 else -1.0
-        self.time[row] = 0
-
-    def _obs(self) -> Observation:
-        images = torch.zeros(self.num_envs, 16, 16, 3, dtype=torch.uint8)
-        return Observation(images, (self.instruction,) * self.num_envs, self.x[:, None].clone())
-
-    def _signals(self) -> dict[str, Tensor]:
-        return {"distance": self.x.abs()[:, None].clone(), "success": self.x.abs() < 0.3}
-
-    def step(self, actions: Tensor) -> Step:
-        alive = self.episode >= 0
-        rows, reward, taken = (
-            [],
-            torch.zeros(self.num_envs, self.chunk_size),
-            torch.zeros(self.num_envs, dtype=torch.int64),
-        )
-        terminated, truncated = torch.zeros_like(alive), torch.zeros_like(alive)
-        for c in range(self.chunk_size):
-            self.x = torch.where(alive, self.x + 0.5 * actions[:, c, 0].clamp(-1, 1), self.x)
-            self.time, taken = self.time + alive, taken + alive
-            signals = self._signals()
-            reward[:, c] = (signals["success"] & alive).float()
-            rows.append(signals)
-            terminated |= signals["success"] & alive & (not self.ignore)
-            truncated |= alive & ~terminated & (self.time >= self.max_episode_steps)
-            alive = alive & ~terminated & ~truncated
-        chunk = {name: torch.stack([row[name] for row in rows], dim=1) for name in self.signal_names}
-        final_obs, final = self._obs(), self._signals()
-        for row in torch.nonzero(terminated | truncated).flatten().tolist():
-            self._begin(row)
-        return Step(self._obs(), self._signals(), self.episode.clone(), chunk, reward, taken, terminated, truncated,
-                    final_obs, final)  # fmt: skip
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-def make_policy(chunk_size: int = 1) -> TokenPolicy:
-    torch.manual_seed(0)
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    return TokenPolicy.create_tiny(
-        STATS, image_size=16, chunk_size=chunk_size, action_dim=1, num_bins=5, state_size=1, conv_channels=[8, 8, 8],
-        readout_channels=4, text_config=text | {"intermediate_size": 32},
-    )  # fmt: skip
-
-
-def make_trainer(folder, chunk_size: int = 1, policy: TokenPolicy | None = None, **config) -> StagePPOTrainer:
-    options = {
-        "num_train_epochs": 2, "episodes_per_iteration": 16, "num_minibatches": 2, "num_ppo_epochs": 2, "use_cpu": True,
-        "learning_rate": 3e-3, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 4,
-    }  # fmt: skip
-    args = StagePPOConfig(str(folder), **(options | config))
-    env = ToyEnv(chunk_size=chunk_size)
-    return StagePPOTrainer(
-        policy or make_policy(chunk_size), args, env, PLAN, Dataset.from_dict({"seed": list(range(999))})
-    )
 
 
 def success(policy: TokenPolicy) -> float:
@@ -109,20 +17,6 @@ def success(policy: TokenPolicy) -> float:
     generator = torch.Generator().manual_seed(5)
     shown = play(ToyEnv(), policy, range(200), temperature=1.0, generator=generator)
     return sum(trajectory.success_once for trajectory in shown) / len(shown)
-
-
-def make_trajectory(rewards: list[float], starts: list[int], terminated: bool) -> Trajectory:
-    steps = len(rewards)
-    distance = torch.linspace(1.0, 0.0, steps + 1)[:, None]
-    solved = torch.zeros(steps + 1, dtype=torch.bool)
-    solved[-1] = terminated
-    return Trajectory(
-        task="toy", instruction="", seed=0, policy="", images=torch.zeros(len(starts), 1, 1, 3), starts=torch.tensor(starts),
-        state=torch.zeros(len(starts), 1), actions=torch.zeros(steps, 1), labels=torch.zeros(steps, 1), trace=None,
-        logps=None, features=None, final_image=torch.zeros(1, 1, 3), final_state=torch.zeros(1),
-        signals={"distance": distance, "success": solved}, reward=torch.tensor(rewards), terminated=terminated,
-        truncated=not terminated,
-    )  # fmt: skip
 
 
 def test_rewards_of_chunks_by_hand():

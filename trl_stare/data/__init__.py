@@ -1,6 +1,6 @@
 """Trajectories: playing them, storing them, and turning them into training data."""
 
-from trl_stare.data.collators import pairs_dataset
+from trl_stare.data.collators import check_traces, pairs_dataset
 from trl_stare.data.collection import collect_dataset
 from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_dataset
 from trl_stare.data.folder import TrajectoryFolder
@@ -18,6 +18,7 @@ __all__ = [
     "Trajectory",
     "TrajectoryFolder",
     "build_pairs",
+    "check_traces",
     "collect",
     "collect_dataset",
     "demonstrate",

@@ -18,7 +18,7 @@ from torch import Tensor
 from trl_stare.data.pairs import StagePair
 from trl_stare.data.schema import encode_png
 from trl_stare.data.trajectory import Trajectory
-from trl_stare.interfaces import Observation
+from trl_stare.interfaces import Observation, VLAPolicy
 
 SIDES = ("chosen", "rejected")
 ROWS_PER_TABLE = 64
@@ -72,6 +72,40 @@ def pairs_dataset(
             writer.write_table(table)
     os.replace(partial, file)
     return Dataset.from_file(str(file))
+
+
+def check_traces(trajectories: Sequence[Trajectory], policy: VLAPolicy, *, episodes: int = 8) -> None:
+    """Refuse rollouts whose traces mean something else to `policy` than what was executed: another checkpoint's bins,
+    chunks or statistics. A preference loss would train on them without a word.
+
+    Args:
+        trajectories (`Sequence[Trajectory]`): rollouts; the first `episodes` of them are looked at.
+        policy ([`VLAPolicy`]): what is to be trained on them.
+
+    Raises:
+        ValueError: if a trajectory has no trace, or one of other chunks, or `policy.decode` gives other actions.
+    """
+    for index in range(min(episodes, len(trajectories))):
+        trajectory = trajectories[index]
+        if trajectory.trace is None:
+            raise ValueError(
+                f"`trajectories[{index}]` must have a trace, got None. Use rollouts of a policy, not of an expert."
+            )
+        taken = trajectory.bounds.diff()
+        length = policy.chunk_size * policy.action_dim
+        same = trajectory.trace.shape[1] == length and int(taken.max()) <= policy.chunk_size
+        if same:
+            chunks = policy.decode(trajectory.trace)
+            executed = torch.cat([chunk[:steps] for chunk, steps in zip(chunks, taken, strict=True)])
+            same = executed.shape == trajectory.actions.shape and torch.allclose(
+                executed, trajectory.actions, rtol=1e-5, atol=1e-6
+            )
+        if not same:
+            raise ValueError(
+                f"`trajectories[{index}]` must be a rollout of a policy with the same actions, got traces "
+                f"{list(trajectory.trace.shape)} of {trajectory.policy!r} that decode to others. Collect rollouts of the "
+                "checkpoint that is trained, or choose its statistics by `unnorm_key`."
+            )
 
 
 def _tables(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:

@@ -6,13 +6,12 @@ collection keeps whatever was finished, and the same call continues.
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +29,13 @@ MOST_TRIES = 20
 """Episodes played for each one kept, at most, before a collection of successes gives up."""
 
 
+class Key(NamedTuple):
+    """Which episode of a collection: the `repeat`-th one, counted from 0, of the initial state that `seed` gives."""
+
+    seed: int
+    repeat: int
+
+
 def collect_dataset(
     env: VectorEnv,
     make_actor: Callable[[torch.Generator], Actor],
@@ -37,6 +43,7 @@ def collect_dataset(
     plan: StagePlan,
     *,
     episodes: int,
+    episodes_per_seed: int = 1,
     first_seed: int = 0,
     seed: int = 0,
     successes_only: bool = False,
@@ -47,6 +54,12 @@ def collect_dataset(
 ) -> Path:
     """Play seeds from `first_seed` on until `folder` holds `episodes` episodes; continue what is there.
 
+    The dataset holds every seed's episodes one after another: with `episodes_per_seed` 3, rows 0 to 2 are of `first_seed`,
+    rows 3 to 5 of the next. Each is there exactly once, however often the collection was interrupted. Which random numbers
+    an episode gets depends on the episodes it was played beside, and so on the interruptions, on `env.num_envs` and on
+    the number of its workers (a policy samples for all environments at once); a call that is not interrupted gives the
+    same dataset every time.
+
     Args:
         env (`VectorEnv`): where.
         make_actor (`Callable`): given a generator, who acts; asked once per block of episodes, so that a block depends on
@@ -54,6 +67,7 @@ def collect_dataset(
         folder (`str` or `Path`): the dataset; while unfinished, its episodes lie beside it in `.{folder}.partial`.
         plan ([`StagePlan`]): labels the stages.
         episodes (`int`): how many; more than before extends a finished collection.
+        episodes_per_seed (`int`): episodes from each initial state; preference pairs need several.
         first_seed (`int`): the first episode's seed.
         seed (`int`): of the actors' randomness.
         successes_only (`bool`): keep successful episodes only, and play as many seeds as that takes.
@@ -66,29 +80,39 @@ def collect_dataset(
         `Path`: `folder`, which [`load_trajectories`] and `datasets.load_dataset` read.
 
     Raises:
-        ValueError: if `episodes` is not positive, or what is there was collected with other settings.
+        ValueError: if `episodes` or `episodes_per_seed` is not positive, several episodes per seed are asked for with
+            `successes_only`, or what is there was collected with other settings.
         RuntimeError: if fewer than one episode in twenty succeeds with `successes_only`.
     """
-    if episodes < 1:
-        raise ValueError(f"`episodes` must be at least 1, got {episodes}.")
+    for argument, value in (("episodes", episodes), ("episodes_per_seed", episodes_per_seed)):
+        if value < 1:
+            raise ValueError(f"`{argument}` must be at least 1, got {value}.")
+    if successes_only and episodes_per_seed > 1:
+        raise ValueError(
+            f"`episodes_per_seed` must be 1 with `successes_only`, got {episodes_per_seed}: what is compared needs failures."
+        )
     folder = Path(folder)
-    given = {"policy": name, "first_seed": first_seed, "seed": seed, "successes_only": successes_only}
+    given = {
+        "policy": name,
+        "first_seed": first_seed,
+        "seed": seed,
+        "successes_only": successes_only,
+        "episodes_per_seed": episodes_per_seed,
+    }
     ledger = _Ledger(folder, dict(env.metadata) | {"collection": given | dict(settings or {})})
 
     if on_open is not None:
-        on_open(ledger.num_kept)
-    while (missing := episodes - ledger.num_kept) > 0:
-        if ledger.num_tried >= MOST_TRIES * episodes + env.num_envs:
+        on_open(len(ledger.kept))
+    while keys := ledger.missing(episodes, at_least=env.num_envs)[:BLOCK_EPISODES]:
+        if len(ledger.played) >= MOST_TRIES * episodes + env.num_envs:
             raise RuntimeError(
-                f"`{folder}`: only {ledger.num_kept} of {ledger.num_tried} episodes succeeded. Lower the noise, or keep all."
+                f"`{folder}`: only {len(ledger.kept)} of {len(ledger.played)} episodes succeeded. Lower the noise, or keep all."
             )
-        # where some fail, fill all environments: idle ones cost as much
-        block = max(missing, env.num_envs) if successes_only else missing
-        seeds = ledger.next_seeds(first_seed, min(block, BLOCK_EPISODES))
-        entropy = int(np.random.SeedSequence([seed, seeds[0]]).generate_state(1)[0])
-        for _, trajectory in stream(env, make_actor(torch.Generator().manual_seed(entropy)), seeds, name=name):
+        entropy = int(np.random.SeedSequence([seed, *keys[0]]).generate_state(1)[0])
+        actor = make_actor(torch.Generator().manual_seed(entropy))
+        for index, trajectory in stream(env, actor, [key.seed for key in keys], name=name):
             kept = trajectory.success_once or not successes_only
-            ledger.add(trajectory, plan, kept=kept)
+            ledger.add(keys[index], trajectory, plan, kept=kept)
             if kept and on_episode is not None:
                 on_episode(trajectory)
     if ledger.single:
@@ -101,7 +125,7 @@ class _Ledger:
 
     Args:
         folder (`Path`): the dataset.
-        metadata (`Mapping`): what the episodes depend on.
+        metadata (`Mapping`): what the episodes depend on, the collection's own settings under `"collection"`.
 
     Raises:
         ValueError: if what is there depends on something else; names it.
@@ -111,45 +135,68 @@ class _Ledger:
         self.folder, self.partial = folder, folder.with_name(f".{folder.name}.partial")
         # as it comes back from a file: tuples are lists
         self.metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata), default=str))
+        own = self.metadata["collection"]
+        self.first_seed, self.repeats, self.selects = (
+            own[name] for name in ("first_seed", "episodes_per_seed", "successes_only")
+        )
         seeds, notes = stored_settings(folder) if folder.exists() else ([], [])
         settings, self._vain = self.partial / "settings.json", self.partial / "in_vain.txt"
         for note in [*notes, *([json.loads(settings.read_text())] if settings.exists() else [])]:
             self._compare(note)
-        self.merged = set(seeds)
-        self.single = {int(path.name) for path in self.partial.glob("[0-9]*")}
-        self.in_vain = {int(line) for line in self._vain.read_text().split()} if self._vain.exists() else set()
+        self.merged = {Key(seed, repeat) for seed, rows in groupby(seeds) for repeat, _ in enumerate(rows)}
+        self.single = {Key(*map(int, path.name.split("-"))) for path in self.partial.glob("[0-9]*-[0-9]*")}
+        self.in_vain = {Key(int(seed), 0) for seed in (self._vain.read_text().split() if self._vain.exists() else ())}
+        if self.selects and seeds:  # every seed before the last success was played
+            self.in_vain |= {Key(seed, 0) for seed in range(self.first_seed, seeds[-1])} - self.merged
 
     @property
-    def num_kept(self) -> int:
-        return len(self.merged | self.single)
+    def kept(self) -> set[Key]:
+        """What the dataset is to hold."""
+        return self.merged | self.single
 
     @property
-    def num_tried(self) -> int:
-        return len(self.merged | self.single | self.in_vain)
+    def played(self) -> set[Key]:
+        """What was played to its end."""
+        return self.kept | self.in_vain
 
-    def next_seeds(self, first_seed: int, count: int) -> list[int]:
-        """The next `count` seeds that were not played."""
-        tried = self.merged | self.single | self.in_vain
-        return list(islice((seed for seed in itertools.count(first_seed) if seed not in tried), count))
+    def missing(self, episodes: int, *, at_least: int) -> list[Key]:
+        """What is to be played until there are `episodes`, in order.
 
-    def add(self, trajectory: Trajectory, plan: StagePlan, *, kept: bool) -> None:
+        Of successes nobody knows how many seeds they take: seeds that were left out, and new ones for as many episodes as
+        are missing, and `at_least` so many that all environments are busy, as idle ones cost as much.
+        """
+        played = self.played
+        if not self.selects:
+            keys = (Key(self.first_seed + i // self.repeats, i % self.repeats) for i in range(episodes))
+            return [key for key in keys if key not in played]
+        end = max((key.seed + 1 for key in played), default=self.first_seed)
+        left_out = [key for seed in range(self.first_seed, end) if (key := Key(seed, 0)) not in played]
+        wanted = episodes - len(self.kept)
+        new = max(wanted, at_least) - len(left_out) if wanted > 0 else 0
+        return left_out + [Key(seed, 0) for seed in range(end, end + new)]
+
+    def add(self, key: Key, trajectory: Trajectory, plan: StagePlan, *, kept: bool) -> None:
         """Write a finished episode, all or nothing, or note that its seed was played in vain."""
         if not self.partial.exists():
             self.partial.mkdir(parents=True)
             (self.partial / "settings.json").write_text(json.dumps(self.metadata))
         if kept:
-            save_trajectories([trajectory], self.partial / str(trajectory.seed), plan, metadata=self.metadata)
-            self.single.add(trajectory.seed)
+            save_trajectories([trajectory], self._file_of(key), plan, metadata=self.metadata)
+            self.single.add(key)
         else:
             with open(self._vain, "a") as file:
-                file.write(f"{trajectory.seed}\n")
-            self.in_vain.add(trajectory.seed)
+                file.write(f"{key.seed}\n")
+            self.in_vain.add(key)
 
     def merge(self, episodes: int) -> None:
         """Make one dataset of the first `episodes` episodes, those merged before first, and tidy up."""
-        singles = [self.partial / str(seed) for seed in sorted(self.single - self.merged)]
-        merge_trajectories([self.folder, *singles], self.folder, episodes=episodes)
+        if new := sorted(self.single - self.merged):
+            sources = [self.folder, *map(self._file_of, new)]
+            merge_trajectories(sources, self.folder, episodes=max(episodes, len(self.merged)))
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _file_of(self, key: Key) -> Path:
+        return self.partial / f"{key.seed}-{key.repeat}"
 
     def _compare(self, note: Mapping[str, Any]) -> None:
         changed = sorted(key for key in note | self.metadata if note.get(key) != self.metadata.get(key))

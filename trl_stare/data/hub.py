@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
 
 from trl_stare.data.cards import render_dataset_card, stage_strip
 from trl_stare.data.pairs import load_yield, yield_file
@@ -115,6 +116,54 @@ def download_dataset(
         if not constants.HF_HUB_OFFLINE:
             _check_hashes(api, repo_id, folder, cache_dir)
     return folder
+
+
+def find_dataset(
+    trajectories: str | Path,
+    preferences: str | Path | None = None,
+    *,
+    revision: str = "main",
+    token: str | None = None,
+) -> tuple[Path, Path | None]:
+    """The folders of a dataset that is given by folders, or by the name of its repository on the Hub.
+
+    Args:
+        trajectories (`str` or `Path`): a folder of [`save_trajectories`], or a repository of [`push_dataset`],
+            `"user/name"`, which is then downloaded. A folder that exists comes first.
+        preferences (`str` or `Path`, *optional*): a folder of [`save_pairs`]; by default the repository's.
+        revision (`str`): branch, tag or commit of the repository.
+        token (`str`, *optional*): by default the one of `hf auth login` or `HF_TOKEN`.
+
+    Returns:
+        the folders of trajectories and pairs; `None` in place of the latter where there are none.
+
+    Raises:
+        FileNotFoundError: if `trajectories` is neither, or `preferences` is no folder.
+        OSError: what [`download_dataset`] raises.
+
+    Example:
+        `find_dataset("data/rollouts")` is `(Path("data/rollouts"), None)` where there is such a folder.
+    """
+    if preferences is not None and not Path(preferences).is_dir():
+        raise FileNotFoundError(
+            f"`preferences` must be a folder, got {str(preferences)!r}. Make it by recipes/pairs.py."
+        )
+    given = None if preferences is None else Path(preferences)
+    if Path(trajectories).is_dir():
+        return Path(trajectories), given
+    try:
+        validate_repo_id(str(trajectories))
+        folder = download_dataset(str(trajectories), revision=revision, token=token)
+    except (HFValidationError, FileNotFoundError, PermissionError, ConnectionError) as error:
+        # without a token the Hub does not tell what is missing from what is private
+        kind = next(
+            (kind for kind in (PermissionError, ConnectionError) if isinstance(error, kind)), FileNotFoundError
+        )
+        raise kind(
+            f"`trajectories` must be a folder or a repository on the Hub, got {str(trajectories)!r}: {error}"
+        ) from error
+    pairs = folder / PREFERENCES
+    return folder / TRAJECTORIES, given or (pairs if pairs.is_dir() else None)
 
 
 def _files_of(

@@ -4,78 +4,103 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trl_stare.data.actors import Actor, Decision, expert_actor, policy_actor
+from trl_stare.data.recorder import Moment, Recorder, require_finite, row_of, rows_of
 from trl_stare.data.trajectory import Trajectory
-from trl_stare.interfaces import Observation, Signals, Step, VectorEnv, VLAPolicy
-from trl_stare.stages.validation import check_finite
+from trl_stare.interfaces import (
+    EpisodeStart,
+    Observation,
+    Signals,
+    Start,
+    Step,
+    VectorEnv,
+    VectorEnvPart,
+    VLAPolicy,
+    VoidEpisode,
+    Work,
+)
 
 
 @dataclass
 class Timing:
-    """Seconds spent in a rollout: acting (the policy) and stepping (simulation, rendering, transport)."""
+    """Where the seconds of rollouts went, as the average worker spent them: the four sum to the time they took.
 
-    act_s: float = 0.0
-    step_s: float = 0.0
+    Attributes:
+        simulate_s (`float`): physics, signals, scenes built anew.
+        render_s (`float`): pictures.
+        policy_s (`float`): waiting for the policy to act on the worker's own part of the environments.
+        idle_s (`float`): everything else: waiting for the policy to finish with another part, for the slowest worker of a part,
+            for the transport of pictures, for the last episodes to end.
+    """
 
-
-class _Moment(NamedTuple):
-    """One decision of one episode: row `i` of the environments, row `j` of what the actor answered."""
-
-    obs: Observation
-    decision: Decision
-    step: Step
-    i: int
-    j: int
-
-
-@dataclass
-class _Recorder:
-    """Collects one running episode; tensors are cut out of the batches only when it ends."""
-
-    episode: int
-    first_signals: Signals
-    moments: list[_Moment] = field(default_factory=list)
+    simulate_s: float = 0.0
+    render_s: float = 0.0
+    policy_s: float = 0.0
+    idle_s: float = 0.0
 
     @property
-    def num_steps(self) -> int:
-        """Environment steps so far."""
-        return sum(int(moment.step.num_steps[moment.i]) for moment in self.moments)
+    def total_s(self) -> float:
+        """Seconds of the rollouts."""
+        return self.simulate_s + self.render_s + self.policy_s + self.idle_s
+
+    def add_work(self, work: Work, share: float) -> None:
+        """What the workers of a part did, which is a `share` of all."""
+        self.simulate_s += share * work.simulate_s
+        self.render_s += share * work.render_s
+
+
+OnVoid = Callable[[EpisodeStart, VoidEpisode], None]
+"""Told of an episode that the simulator spoiled, with its start."""
 
 
 def play(
     env: VectorEnv,
     policy: VLAPolicy,
-    seeds: Sequence[int],
+    starts: Sequence[int | EpisodeStart],
     *,
     temperature: float,
     generator: torch.Generator | None,
     ignore_terminations: bool = False,
     on_episode: Callable[[Trajectory], None] | None = None,
+    on_void: OnVoid | None = None,
     name: str = "policy",
     timing: Timing | None = None,
 ) -> list[Trajectory]:
-    """Let `policy` play one episode per seed.
+    """Let `policy` play one episode per start; what comes out depends on starts, weights and generator only.
 
     Args:
         env (`VectorEnv`): its `chunk_size` must be the policy's.
+        starts (`Sequence[int | EpisodeStart]`): seeds, or seeds and actions that are executed first.
         temperature (`float`): of sampling; 0 is greedy.
         generator (`torch.Generator`): the only source of randomness, so that the same call gives the same trajectories.
         ignore_terminations (`bool`): go on to the time limit after a success (evaluation).
         on_episode (`Callable`, *optional*): told of every finished trajectory (a progress bar).
+        on_void (`Callable`, *optional*): told of every episode that the simulator spoiled with a value that is not finite,
+            which is then left out. Without it such an episode is an error.
+        name (`str`): who acted, as the trajectories say.
+        timing ([`Timing`], *optional*): the rollout's seconds are added to it.
 
     Returns:
-        `list[Trajectory]`, in the order of `seeds`.
-    """
+        `list[Trajectory]`, in the order of `starts`.
 
+    Raises:
+        ValueError: if an episode was spoiled and there is no `on_void`; names task, seed and step.
+    """
     act = policy_actor(policy, temperature=temperature, generator=generator)
     return collect(
-        env, act, seeds, name=name, ignore_terminations=ignore_terminations, on_episode=on_episode, timing=timing
+        env,
+        act,
+        starts,
+        name=name,
+        ignore_terminations=ignore_terminations,
+        on_episode=on_episode,
+        on_void=on_void,
+        timing=timing,
     )
 
 
@@ -142,7 +167,8 @@ def replay(env: VectorEnv, trajectory: Trajectory) -> Trajectory:
     # an evaluation goes on after a success
     played_on = trajectory.num_steps > int(trajectory.signals["success"][1:].long().argmax()) + 1
     ignore = bool(trajectory.success_once and played_on)
-    again = collect(env, act, [trajectory.seed], name=trajectory.policy, ignore_terminations=ignore)[0]
+    start = EpisodeStart(trajectory.seed, trajectory.prefix)
+    again = collect(env, act, [start], name=trajectory.policy, ignore_terminations=ignore)[0]
     for name, value in trajectory.signals.items():
         if not torch.equal(value, again.signals[name]):
             raise ValueError(
@@ -154,118 +180,132 @@ def replay(env: VectorEnv, trajectory: Trajectory) -> Trajectory:
 def collect(
     env: VectorEnv,
     act: Actor,
-    seeds: Sequence[int],
+    starts: Sequence[int | EpisodeStart],
     *,
     name: str,
     ignore_terminations: bool = False,
     on_episode: Callable[[Trajectory], None] | None = None,
+    on_void: OnVoid | None = None,
     timing: Timing | None = None,
 ) -> list[Trajectory]:
-    """Play one episode per seed with `act`, all of them in the order of `seeds`; see [`play`] and [`demonstrate`]."""
+    """Play one episode per start with `act`, all of them in the order of `starts`; see [`play`] and [`demonstrate`]."""
     finished: dict[int, Trajectory] = {}
     for index, trajectory in stream(
-        env, act, seeds, name=name, ignore_terminations=ignore_terminations, timing=timing
+        env, act, starts, name=name, ignore_terminations=ignore_terminations, on_void=on_void, timing=timing
     ):
         finished[index] = trajectory
         if on_episode is not None:
             on_episode(trajectory)
-    return [finished[index] for index in range(len(seeds))]
+    return [finished[index] for index in sorted(finished)]
 
 
 @torch.no_grad()
 def stream(
     env: VectorEnv,
     act: Actor,
-    seeds: Sequence[int],
+    starts: Sequence[int | EpisodeStart],
     *,
     name: str,
     ignore_terminations: bool = False,
+    on_void: OnVoid | None = None,
     timing: Timing | None = None,
 ) -> Iterator[tuple[int, Trajectory]]:
-    """Play one episode per seed with `act` and yield each as it ends, with its index in `seeds`: only running ones are kept."""
-    seeds, timing = [int(seed) for seed in seeds], timing or Timing()
-    start = env.reset(seeds, ignore_terminations=ignore_terminations)
-    obs, signals, episode = start
-    recorders = [_Recorder(int(e), _row(signals, i)) for i, e in enumerate(episode)]
-    while (active := torch.nonzero(episode >= 0).flatten()).numel():
-        _require_finite({key: value[:, None] for key, value in signals.items()}, recorders, env.task, seeds, ahead=0)
-        began = time.perf_counter()
-        decision = act(_rows(obs, active), {key: value[active] for key, value in signals.items()})
-        actions = torch.zeros(env.num_envs, *decision.actions.shape[1:])
-        actions[active] = decision.actions
-        acted = time.perf_counter()
-        step = env.step(actions)
-        timing.act_s += acted - began
-        timing.step_s += time.perf_counter() - acted
-        _require_finite(step.chunk_signals, recorders, env.task, seeds, ahead=1)
-        for j, i in enumerate(active.tolist()):
-            recorders[i].moments.append(_Moment(obs, decision, step, i, j))
-            if step.terminated[i] or step.truncated[i]:
-                ended, recorders[i] = recorders[i], _Recorder(int(step.episode[i]), _row(step.signals, i))
-                yield ended.episode, _finish(ended, env, seeds, name)
-        obs, signals, episode = step.obs, step.signals, step.episode
+    """Play one episode per start with `act` and yield each as it ends, with its index in `starts`: only running ones are kept.
 
-
-def _finish(recorder: _Recorder, env: VectorEnv, seeds: list[int], name: str) -> Trajectory:
-    """Cut the episode's rows out of the batches it was recorded in."""
-    moments = recorder.moments
-    last, row = moments[-1].step, moments[-1].i
-    taken = [int(step.num_steps[i]) for _, _, step, i, _ in moments]
-
-    def answers(name: str) -> Tensor | None:
-        values = [(getattr(moment.decision, name), moment.j) for moment in moments]
-        return None if values[0][0] is None else torch.stack([value[j] for value, j in values])
-
-    def executed(name: str) -> Tensor:
-        return torch.cat([getattr(m.decision, name)[m.j, :n] for m, n in zip(moments, taken, strict=True)])
-
-    signals = {
-        key: torch.cat(
-            [first[None], *(m.step.chunk_signals[key][m.i, :n] for m, n in zip(moments, taken, strict=True))]
-        )
-        for key, first in recorder.first_signals.items()
-    }
-    return Trajectory(
-        task=env.task,
-        instruction=env.instruction,
-        seed=seeds[recorder.episode],
-        policy=name,
-        images=torch.stack([moment.obs.images[moment.i] for moment in moments]),
-        state=torch.stack([moment.obs.state[moment.i] for moment in moments]),
-        starts=torch.tensor([0, *taken[:-1]]).cumsum(0),
-        actions=executed("actions"),
-        labels=executed("labels"),
-        trace=answers("trace"),
-        logps=answers("logps"),
-        features=answers("features"),
-        final_image=last.final_obs.images[row],
-        final_state=last.final_obs.state[row],
-        signals=signals,
-        reward=torch.cat([m.step.reward[m.i, :n] for m, n in zip(moments, taken, strict=True)]),
-        terminated=bool(last.terminated[row]),
-        truncated=bool(last.truncated[row]),
-    )
-
-
-def _require_finite(
-    signals: Signals, recorders: Sequence[_Recorder], task: str, seeds: Sequence[int], *, ahead: int
-) -> None:
-    """Raise `ValueError` naming task, seed, environment and step if the simulator gave a value that is not finite.
-
-    `signals` are `[N, C]` or `[N, C, D]`; column 0 is `ahead` steps past the last one recorded.
+    While `act` looks at one of `env.parts` the others simulate. It takes the parts in turns, however long they take, so the
+    episodes depend on starts and `act` only. See [`play`] for the arguments.
     """
-    if all(bool(torch.isfinite(value).all()) for value in signals.values()):  # one look at all, as this is every step
-        return
-    for i, recorder in enumerate(recorders):
-        if recorder.episode >= 0:
-            where = f"seed {seeds[recorder.episode]} (environment {i})"
-            check_finite(task, _row(signals, i), where=where, first_step=recorder.num_steps + ahead)
+    starts = [start if isinstance(start, EpisodeStart) else EpisodeStart(int(start)) for start in starts]
+    timing, began = timing or Timing(), time.perf_counter()
+    before = timing.total_s
+    plain = [start.seed if start.actions is None else start for start in starts]
+    first = env.reset(plain, ignore_terminations=ignore_terminations)
+    timing.add_work(first.work, 1.0)
+    _tell_of(first.voided, env.task, starts, on_void)
+    running: list[_Part] = []
+    offset = 0
+    for part in getattr(env, "parts", None) or (_Whole(env),):
+        rows = torch.arange(offset, offset := offset + part.num_envs)
+        running.append(_Part(part, first, rows, share=part.num_envs / env.num_envs))
+    for part in running:
+        part.act(act, starts, timing)
+    while running := [part for part in running if part.is_running]:
+        for part in running:
+            step = part.wait(starts, timing)
+            for recorder in part.record(step):
+                yield recorder.episode, recorder.finish(env, starts[recorder.episode], name)
+            _tell_of(step.voided, env.task, starts, on_void)
+            part.act(act, starts, timing)
+    timing.idle_s += time.perf_counter() - began - (timing.total_s - before)
 
 
-def _row(signals: Signals, i: int) -> dict[str, Tensor]:
-    return {key: value[i] for key, value in signals.items()}
+class _Whole:
+    """A [`VectorEnv`] without parts as its only part, which simulates when it is waited for."""
+
+    def __init__(self, env: VectorEnv):
+        self.env, self.num_envs, self.task = env, env.num_envs, env.task
+
+    def step_async(self, actions: Tensor) -> None:
+        self.actions = actions
+
+    def step_wait(self) -> Step:
+        return self.env.step(self.actions)
 
 
-def _rows(obs: Observation, rows: Tensor) -> Observation:
-    state = None if obs.state is None else obs.state[rows]
-    return Observation(obs.images[rows], tuple(obs.instructions[i] for i in rows.tolist()), state)
+class _Part:
+    """A part of the environments, its running episodes, and what the actor last decided there."""
+
+    def __init__(self, env: VectorEnvPart | _Whole, start: Start, rows: Tensor, *, share: float):
+        self.env, self.share = env, share
+        self.obs, self.signals, self.episode = (
+            rows_of(start.obs, rows),
+            row_of(start.signals, rows),
+            start.episode[rows],
+        )
+        self.recorders = [Recorder(int(e), row_of(self.signals, i)) for i, e in enumerate(self.episode)]
+        self.is_running = True
+
+    def act(self, act: Actor, starts: Sequence[EpisodeStart], timing: Timing) -> None:
+        """Let `act` decide where an episode runs, and send it on its way."""
+        self.active = torch.nonzero(self.episode >= 0).flatten()
+        self.is_running = bool(len(self.active))
+        if not self.is_running:
+            return
+        now = {key: value[:, None] for key, value in self.signals.items()}
+        require_finite(now, self.recorders, self.env.task, starts, ahead=0)
+        began = time.perf_counter()
+        self.decision = act(rows_of(self.obs, self.active), row_of(self.signals, self.active))
+        actions = torch.zeros(self.env.num_envs, *self.decision.actions.shape[1:])
+        actions[self.active] = self.decision.actions
+        timing.policy_s += self.share * (time.perf_counter() - began)
+        self.env.step_async(actions)
+
+    def wait(self, starts: Sequence[EpisodeStart], timing: Timing) -> Step:
+        """What came of the decision."""
+        step = self.env.step_wait()
+        timing.add_work(step.work, self.share)
+        require_finite(step.chunk_signals, self.recorders, self.env.task, starts, ahead=1)
+        return step
+
+    def record(self, step: Step) -> list[Recorder]:
+        """Record the step; returns the episodes that it ended."""
+        ended = []
+        for j, i in enumerate(self.active.tolist()):
+            self.recorders[i].moments.append(Moment(self.obs, self.decision, step, i, j))
+            if step.episode[i] != self.recorders[i].episode:
+                if step.terminated[i] or step.truncated[i]:
+                    ended.append(self.recorders[i])
+                self.recorders[i] = Recorder(int(step.episode[i]), row_of(step.signals, i))
+        self.obs, self.signals, self.episode = step.obs, step.signals, step.episode
+        return ended
+
+
+def _tell_of(voided: Sequence[VoidEpisode], task: str, starts: Sequence[EpisodeStart], on_void: OnVoid | None) -> None:
+    for void in voided:
+        start = starts[void.episode]
+        if on_void is None:
+            raise ValueError(
+                f"`{void.what}` of task {task!r} must be finite, but was not at step {void.step} of seed {start.seed}. "
+                "Leave that seed out (`on_void` does), and look at what the simulator did there."
+            )
+        on_void(start, void)

@@ -100,7 +100,8 @@ def save_trajectories(
         metadata (`Mapping[str, Any]`, *optional*): what the simulator was ([`VectorEnv`]'s `metadata`), kept as JSON.
 
     Raises:
-        ValueError: if there is no episode, signals differ or cannot be stored, or `folder` holds other files.
+        ValueError: if there is no episode, one has a `prefix`, signals differ or cannot be stored, or `folder` holds other
+            files.
     """
     if not trajectories:
         raise ValueError("`trajectories` must hold at least one episode, got none. Collect some first.")
@@ -232,6 +233,11 @@ def _to_row(index: int, trajectory: Trajectory, plan: StagePlan, note: str) -> d
     if trajectory.task != plan.task:
         raise ValueError(
             f"`trajectories` must be of the plan's task {plan.task!r}, got {trajectory.task!r} at {index}."
+        )
+    if trajectory.prefix is not None:
+        raise ValueError(
+            f"`trajectories` must begin where their seeds do, got one at {index} whose `prefix` of "
+            f"{len(trajectory.prefix)} actions came first. Collect from seeds alone: there is no column for a prefix."
         )
     row: dict[str, Any] = {
         "id": index,

@@ -31,6 +31,8 @@ class Trajectory:
         signals (`Signals`): name -> `[T + 1]` or `[T + 1, D]`; row 0 is the initial state, row `t + 1` follows action `t`.
         reward (`Tensor`): `[T]` float32, the task's own sparse reward.
         terminated (`bool`): the task ended the episode. truncated (`bool`): the time limit did.
+        prefix (`Tensor` or `None`): `[P, A]` float32, the actions of the episode's [`~trl_stare.interfaces.EpisodeStart`],
+            executed before the first look. Everything above begins after them; the time limit counts them.
 
     `success_once` and `success_at_end` read the `"success"` signal, the environment's own.
     """
@@ -53,6 +55,7 @@ class Trajectory:
     reward: Tensor
     terminated: bool
     truncated: bool
+    prefix: Tensor | None = None
 
     @property
     def num_steps(self) -> int:

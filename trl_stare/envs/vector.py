@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from multiprocessing import parent_process
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,8 @@ from torch import Tensor
 
 from trl_stare.envs.registry import SimulatedTask, get_simulated_task
 from trl_stare.envs.visuals import resolve_visuals
-from trl_stare.interfaces import Observation, Start, Step
+from trl_stare.envs.worker import LocalWorker, Worker, assign
+from trl_stare.interfaces import EpisodeStart, Observation, Start, Step, VoidEpisode, Work
 
 
 def make_env(
@@ -27,6 +31,9 @@ def make_env(
     image_size: int | None = None,
     visuals: str | None = None,
     device: str | None = None,
+    step_timeout: float = 60.0,
+    max_restarts: int = 3,
+    memory_growth: float = 2.0,
 ) -> WorkerVectorEnv:
     """Make `num_envs` environments of `task`.
 
@@ -41,6 +48,10 @@ def make_env(
             OpenVLA's preprocessing makes them.
         visuals (`str`, *optional*): `"light"` (default on the CPU) or `"stock"` (default on CUDA, and for SimplerEnv's tasks).
         device (`str`, *optional*): `"cpu"` or `"cuda"`; default is what the machine has and the task can use.
+        step_timeout (`float`): seconds for one decision of a worker; one that takes longer hangs and is replaced.
+        max_restarts (`int`): how often a worker that dies or hangs is replaced in one rollout (from `reset` to `reset`). The
+            episodes it was playing go on exactly where they were.
+        memory_growth (`float`): GiB by which a worker may grow before it is replaced, when an episode has ended.
 
     Raises:
         ValueError: unknown task or visuals, or numbers that do not fit.
@@ -51,7 +62,7 @@ def make_env(
 
     ```python
     >>> env = make_env("StackCube-v1", num_envs=4, chunk_size=4)
-    >>> start = env.reset(seeds=range(100))  # four episodes begin, the others follow by themselves
+    >>> start = env.reset(range(100))  # four episodes begin, the others follow by themselves
     >>> start.obs.images.shape
     torch.Size([4, 64, 64, 3])
     ```
@@ -71,6 +82,7 @@ def make_env(
         raise ValueError(f"`device` must be 'cpu' for {task!r}, which ManiSkill cannot simulate on a GPU, got 'cuda'.")
     if num_workers is None:
         num_workers = 0 if device == "cuda" else min(num_envs, len(os.sched_getaffinity(0)))
+    _check_limits(step_timeout=step_timeout, max_restarts=max_restarts, memory_growth=memory_growth)
     if num_workers and num_envs % num_workers:
         raise ValueError(f"`num_envs` must be a multiple of `num_workers`, got {num_envs} and {num_workers}.")
     from trl_stare.envs.maniskill import check_assets
@@ -84,84 +96,79 @@ def make_env(
         image_size=image_size,
         visuals=visuals,
         device=device,
+        step_timeout=step_timeout,
+        max_restarts=max_restarts,
+        memory_growth=memory_growth,
     )
 
 
-class WorkerVectorEnv:
-    """A [`~trl_stare.interfaces.VectorEnv`] over Gymnasium's worker processes. Made by [`make_env`], which documents it."""
+class WorkerVectorEnvPart:
+    """A [`~trl_stare.interfaces.VectorEnvPart`]: the environments of some workers.
+
+    Args:
+        task ([`SimulatedTask`]): what is simulated.
+        workers (`Sequence[Worker | LocalWorker]`): who simulates it; `num_envs` of this part are spread over them evenly.
+        num_envs (`int`), chunk_size (`int`), max_episode_steps (`int`), metadata (`dict`): see
+            [`~trl_stare.interfaces.VectorEnv`].
+    """
 
     def __init__(
         self,
         task: SimulatedTask,
+        workers: Sequence[Worker | LocalWorker],
         *,
         num_envs: int,
-        num_workers: int,
         chunk_size: int,
-        image_size: int | None,
-        visuals: str,
-        device: str,
+        max_episode_steps: int,
+        metadata: dict[str, Any],
     ):
-        import gymnasium as gym
-
         self.task, self.instruction = task.name, task.instruction
-        self.num_envs, self.num_workers, self.chunk_size = num_envs, num_workers, chunk_size
+        self.workers, self.num_envs, self.chunk_size = tuple(workers), num_envs, chunk_size
+        self.max_episode_steps, self.metadata = max_episode_steps, metadata
         self.signal_names = tuple(task.signal_shapes)
-        shards = max(num_workers, 1)
-        groups = [
-            partial(
-                _make_group,
-                task,
-                num_envs=num_envs // shards,
-                chunk_size=chunk_size,
-                image_size=image_size,
-                visuals=visuals,
-                device=device,
-                rank=rank,
-                world_size=shards,
-            )
-            for rank in range(shards)
-        ]
-        manual = gym.vector.AutoresetMode.DISABLED
-        if num_workers:
-            # "spawn": neither Vulkan nor torch's thread pool survives a fork
-            self._pool = gym.vector.AsyncVectorEnv(groups, context="spawn", autoreset_mode=manual)
-        else:
-            self._pool = gym.vector.SyncVectorEnv(groups, autoreset_mode=manual)
-        self.max_episode_steps: int = self._pool.get_attr("max_episode_steps")[0]
-        self.metadata: dict[str, Any] = {
-            "task": task.name,
-            "control_mode": task.control_mode,
-            "robot": task.robot,
-            "sim_backend": "physx_cuda" if device == "cuda" else "physx_cpu",
-            "render_backend": "sapien_cuda" if device == "cuda" else "sapien_cpu",
-            "visuals": visuals,
-            "image_shape": list(task.image_shape_at(image_size)),
-            "chunk_size": chunk_size,
-            "max_episode_steps": self.max_episode_steps,
-            "versions": {name: _version(name) for name in ("mani_skill", "sapien", "gymnasium")},
-        }
 
-    def reset(self, seeds: Sequence[int], *, ignore_terminations: bool = False) -> Start:
-        """Begin the episodes of `seeds`; finished environments take the next one by themselves."""
-        seeds = [int(seed) for seed in seeds]
-        if not seeds or min(seeds) < 0:
-            raise ValueError(f"`seeds` must be a non-empty sequence of integers >= 0, got {seeds[:8]}.")
-        record, _ = self._pool.reset(options={"seeds": seeds, "ignore_terminations": ignore_terminations})
-        record = self._flatten(record)
-        return Start(self._observation(record), self._signals(record, "signals/"), record["episode"])
+    def reset(self, starts: Sequence[int | EpisodeStart], *, ignore_terminations: bool = False) -> Start:
+        """Begin the episodes of `starts`; finished environments take the next one by themselves.
+
+        Raises:
+            ValueError: if there is no start, a seed is negative, or actions have another shape, are not finite, or end their
+                episode.
+        """
+        starts = [_check_start(start, self.metadata) for start in starts]
+        if not starts:
+            raise ValueError("`starts` must hold at least one seed, got none.")
+        share = self.num_envs // len(self.workers)
+        for rank, worker in enumerate(self.workers):
+            worker.reset_async(assign(starts, rank, len(self.workers), share, ignore_terminations))
+        record, voided, work = self._wait()
+        return Start(self._observation(record), self._signals(record, "signals/"), record["episode"], voided, work)
 
     def step(self, actions: Tensor) -> Step:
         """Execute `[N, C, A]` robot-unit action chunks."""
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions: Tensor) -> None:
+        """Begin to execute `[N, C, A]` robot-unit action chunks.
+
+        Raises:
+            ValueError: if they have another shape or are not finite.
+        """
         expected = (self.num_envs, self.chunk_size, 7)
         if tuple(actions.shape) != expected:
             raise ValueError(f"`actions` must have shape {expected}, got {tuple(actions.shape)}.")
-        if not torch.isfinite(actions).all():  # before it reaches a worker, which an error would end
+        if not torch.isfinite(
+            actions
+        ).all():  # before it reaches a worker, and on a GPU, where ManiSkill does not look
             rows = torch.nonzero(~torch.isfinite(actions).flatten(1).all(1)).flatten().tolist()
             raise ValueError(f"`actions` must be finite, got NaN or infinity for environments {rows} of {self.task}.")
-        shards = max(self.num_workers, 1)
         chunk = actions.detach().cpu().float().numpy()
-        record, *_ = self._pool.step(chunk.reshape(shards, -1, *expected[1:]))
-        record = self._flatten(record)
+        for worker, rows in zip(self.workers, np.split(chunk, len(self.workers)), strict=True):
+            worker.step_async(rows)
+
+    def step_wait(self) -> Step:
+        """The result of the decision that [`step_async`] began."""
+        record, voided, work = self._wait()
         return Step(
             obs=self._observation(record),
             signals=self._signals(record, "signals/"),
@@ -173,18 +180,26 @@ class WorkerVectorEnv:
             truncated=record["truncated"],
             final_obs=self._observation(record, "final_"),
             final_signals=self._signals(record, "final_signals/"),
+            voided=voided,
+            work=work,
         )
 
     def close(self) -> None:
         """End the simulators and their processes."""
-        self._pool.close()
+        for worker in self.workers:
+            worker.close()
 
-    def _flatten(self, record: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        """`[workers, N / workers, ...]` shared arrays -> `[N, ...]` tensors of our own."""
-        tensors = {
-            name: torch.from_numpy(array.reshape(-1, *array.shape[2:]).copy()) for name, array in record.items()
-        }
-        return {name: value.bool() if value.dtype == torch.int8 else value for name, value in tensors.items()}
+    def _wait(self) -> tuple[dict[str, Tensor], tuple[VoidEpisode, ...], Work]:
+        """What all workers answer: `[N, ...]` tensors by name."""
+        records, infos = zip(*[worker.wait() for worker in self.workers], strict=True)
+        for info in infos:
+            if "error" in info:
+                raise ValueError(info["error"])
+        joined = {name: torch.from_numpy(np.concatenate([record[name] for record in records])) for name in records[0]}
+        tensors = {name: value.bool() if value.dtype == torch.int8 else value for name, value in joined.items()}
+        voided = tuple(VoidEpisode(*void) for info in infos for void in info.get("voided", ()))
+        busy, render = (float(sum(info[name] for info in infos)) / len(infos) for name in ("busy_s", "render_s"))
+        return tensors, voided, Work(simulate_s=busy - render, render_s=render)
 
     def _observation(self, record: dict[str, Tensor], prefix: str = "") -> Observation:
         return Observation(record[f"{prefix}image"], (self.instruction,) * self.num_envs, record[f"{prefix}state"])
@@ -193,8 +208,101 @@ class WorkerVectorEnv:
         return {name: record[prefix + name] for name in self.signal_names}
 
 
-def _make_group(task: SimulatedTask, **kwargs: Any):
+class WorkerVectorEnv(WorkerVectorEnvPart):
+    """A [`~trl_stare.interfaces.VectorEnv`] over supervised processes. Made by [`make_env`], which documents it.
+
+    Attributes:
+        parts (`tuple[WorkerVectorEnvPart, ...]`): two halves of the workers; one part where there is one worker or none.
+    """
+
+    def __init__(
+        self,
+        task: SimulatedTask,
+        *,
+        num_envs: int,
+        num_workers: int,
+        chunk_size: int,
+        image_size: int | None,
+        visuals: str,
+        device: str,
+        step_timeout: float = 60.0,
+        max_restarts: int = 3,
+        memory_growth: float = 2.0,
+    ):
+        count = max(num_workers, 1)
+        make_group = partial(
+            _make_group,
+            task,
+            environ=dict(os.environ),
+            num_envs=num_envs // count,
+            chunk_size=chunk_size,
+            image_size=image_size,
+            visuals=visuals,
+            device=device,
+        )
+        limits = {
+            "step_timeout": step_timeout,
+            "max_restarts": max_restarts,
+            "memory_growth": int(memory_growth * 2**30),
+        }
+        workers = [
+            Worker(make_group, name=f"worker {rank} of {task.name}", **limits) for rank in range(num_workers)
+        ] or [LocalWorker(make_group)]
+        from trl_stare.envs.maniskill import time_limit
+
+        shared = {"chunk_size": chunk_size, "max_episode_steps": time_limit(task)}
+        shared["metadata"] = {
+            "task": task.name,
+            "control_mode": task.control_mode,
+            "robot": task.robot,
+            "sim_backend": "physx_cuda" if device == "cuda" else "physx_cpu",
+            "render_backend": "sapien_cuda" if device == "cuda" else "sapien_cpu",
+            "visuals": visuals,
+            "image_shape": list(task.image_shape_at(image_size)),
+            "chunk_size": chunk_size,
+            "max_episode_steps": shared["max_episode_steps"],
+            "versions": {name: _version(name) for name in ("mani_skill", "sapien", "gymnasium")},
+        }
+        super().__init__(task, workers, num_envs=num_envs, **shared)
+        halves = [half for half in (workers[: (count + 1) // 2], workers[(count + 1) // 2 :]) if half]
+        self.parts = tuple(
+            WorkerVectorEnvPart(task, half, num_envs=num_envs // count * len(half), **shared) for half in halves
+        )
+        with ThreadPoolExecutor(count) as threads:  # every process imports the simulator for seconds: all at once
+            list(threads.map(methodcaller("start"), workers))
+
+
+def _check_limits(**limits: float) -> None:
+    for name, value in limits.items():
+        if not value > 0 and not (value == 0 and name == "max_restarts"):
+            raise ValueError(f"`{name}` must be greater than 0, got {value}.")
+
+
+def _check_start(start: int | EpisodeStart, metadata: dict[str, Any]) -> EpisodeStart:
+    """`start` with its actions on the CPU."""
+    start = start if isinstance(start, EpisodeStart) else EpisodeStart(int(start))
+    if start.seed < 0:
+        raise ValueError(f"`starts` must be of seeds >= 0, got {start.seed}.")
+    if start.actions is None or not len(start.actions):
+        return EpisodeStart(int(start.seed))
+    actions = start.actions.detach().cpu().float()
+    if actions.ndim != 2 or actions.shape[1] != 7 or not torch.isfinite(actions).all():
+        raise ValueError(
+            f"`actions` of the start of seed {start.seed} must be finite [P, 7], got {tuple(actions.shape)} with "
+            f"{int((~torch.isfinite(actions)).sum())} values that are not finite."
+        )
+    if metadata["sim_backend"] != "physx_cpu":
+        raise ValueError(
+            f"`starts` must be without actions on CUDA, where all scenes step together, got {len(actions)} for seed "
+            f"{start.seed}. Use `device='cpu'`."
+        )
+    return EpisodeStart(int(start.seed), actions)
+
+
+def _make_group(task: SimulatedTask, environ: dict[str, str], **kwargs: Any):
     """Runs in the worker: the simulator is imported there only."""
+    if parent_process() is not None:
+        os.environ.update(environ)  # the process that workers are forked from may be older than what was set since
     from trl_stare.envs.group import EpisodeGroup
 
     return EpisodeGroup(task, **kwargs)

@@ -1,12 +1,35 @@
 """From a policy to a result: held-out rollouts, statistics, and what a reader gets to see."""
 
-from trl_stare.evaluation.cards import card_template, write_model_card
+from trl_stare.evaluation.blocks import play_in_blocks
+from trl_stare.evaluation.cards import card_template, publish_results, write_model_card
+from trl_stare.evaluation.comparison import CONDITIONS, Comparison, check_comparable, compare, comparison_table
+from trl_stare.evaluation.eval_info import (
+    RULES,
+    build_eval_info,
+    eval_results,
+    eval_table,
+    read_eval_info,
+    task_metrics,
+    write_eval_info,
+)
 from trl_stare.evaluation.evaluate import evaluate
 from trl_stare.evaluation.inspection import inspect, plot_timelines
+from trl_stare.evaluation.page import Evaluation, html_page, markdown_page
+from trl_stare.evaluation.played import PlayedEpisode, read_played, write_played
 from trl_stare.evaluation.plots import plot_report
+from trl_stare.evaluation.provenance import PolicySource, file_digests, resolve_policy
 from trl_stare.evaluation.records import PHASES, EpisodeResult, PhaseResult, paired, read_episodes, write_episodes
 from trl_stare.evaluation.report import build_results, package_versions, read_results, write_report, write_results
-from trl_stare.evaluation.statistics import McNemar, Proportion, format_rate, mcnemar_exact
+from trl_stare.evaluation.statistics import (
+    Difference,
+    McNemar,
+    Proportion,
+    episodes_needed,
+    format_rate,
+    mcnemar_exact,
+    paired_difference,
+)
+from trl_stare.evaluation.suites import SUITES, held_out_starts, suite_tasks
 from trl_stare.evaluation.videos import (
     Replay,
     film_episode,
@@ -17,31 +40,60 @@ from trl_stare.evaluation.videos import (
 )
 
 __all__ = [
+    "Evaluation",
+    "html_page",
+    "markdown_page",
+    "CONDITIONS",
     "PHASES",
+    "RULES",
+    "SUITES",
+    "Comparison",
+    "Difference",
     "EpisodeResult",
     "McNemar",
     "PhaseResult",
+    "PlayedEpisode",
+    "PolicySource",
     "Proportion",
     "Replay",
+    "build_eval_info",
     "build_results",
     "card_template",
+    "check_comparable",
+    "compare",
+    "comparison_table",
+    "episodes_needed",
+    "eval_results",
+    "eval_table",
     "evaluate",
+    "file_digests",
     "film_episode",
     "film_policy",
     "format_rate",
+    "held_out_starts",
     "inspect",
     "mcnemar_exact",
     "package_versions",
     "paired",
+    "paired_difference",
+    "play_in_blocks",
     "plot_report",
     "plot_timelines",
+    "publish_results",
     "read_episodes",
+    "read_eval_info",
+    "read_played",
     "read_results",
     "record_episode",
+    "resolve_policy",
     "save_success_and_failure",
     "stage_labels",
+    "suite_tasks",
+    "task_metrics",
     "write_episodes",
+    "write_eval_info",
     "write_model_card",
+    "write_played",
     "write_report",
     "write_results",
 ]

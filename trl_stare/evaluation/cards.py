@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError
 
 from trl_stare.data.cards import card_template
 from trl_stare.evaluation.records import PHASES, PhaseResult
@@ -122,3 +123,30 @@ def _success_table(evaluation: Mapping[str, Any]) -> str:
         for rule in ("success_once", "success_at_end")
     ]
     return markdown_table(("", "n", "rate"), rows)
+
+
+def publish_results(model: str, results: Sequence[EvalResult], *, token: str | None = None) -> str:
+    """Put results into the metadata of a model's card; those of the same task and metric are replaced, all else stays.
+
+    Args:
+        model (`str`): a checkpoint's folder, whose `README.md` is changed, or a Hub id, whose card is pushed.
+        results (`Sequence[EvalResult]`): of one evaluation.
+        token (`str`, *optional*): by default the one of `hf auth login` or `HF_TOKEN`.
+
+    Returns:
+        where the card is: a path or an address.
+    """
+    folder = Path(model) if Path(model).is_dir() else None
+    name = (folder.resolve() if folder else Path(model)).name
+    try:
+        card = ModelCard((folder / "README.md").read_text("utf-8")) if folder else ModelCard.load(model, token=token)
+    except (EntryNotFoundError, FileNotFoundError):
+        card = ModelCard(f"---\nlibrary_name: transformers\npipeline_tag: robotics\n---\n\n# {name}\n")
+    replaced = {(result.dataset_type, result.metric_type) for result in results}
+    kept = [old for old in card.data.eval_results or [] if (old.dataset_type, old.metric_type) not in replaced]
+    card.data.model_name = card.data.model_name or name
+    card.data.eval_results = [*kept, *results]
+    if folder:
+        card.save(folder / "README.md")
+        return str(folder / "README.md")
+    return str(card.push_to_hub(model, token=token, commit_message="Evaluation results by trl-stare"))

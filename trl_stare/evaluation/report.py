@@ -84,10 +84,13 @@ def write_results(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
         ValueError: if a field of the schema is missing, or a phase is not one of `PHASES`.
     """
     _check(results)
-    text = json.dumps(results, indent=2, allow_nan=False)
-    # Lists of numbers (hundreds of seeds) on one line each.
-    text = re.sub(r"\[\n([-+.\deE,\s]+)\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
-    write_atomically(path, text + "\n")
+    write_atomically(path, compact_json(results) + "\n")
+
+
+def compact_json(value: Any) -> str:
+    """Indented JSON with lists of numbers (hundreds of seeds) on one line each. NaN is refused."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    return re.sub(r"\[\n([-+.\deE,\s]+)\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
 
 
 def read_results(path: str | os.PathLike) -> dict[str, Any]:

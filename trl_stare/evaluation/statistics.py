@@ -5,11 +5,12 @@ Knows counts and booleans only: nothing of episodes, stages or files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 
 @dataclass(frozen=True)
@@ -93,3 +94,79 @@ def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
     discordant = b_only + a_only
     p_value = float(binomtest(b_only, discordant, 0.5).pvalue) if discordant else 1.0
     return McNemar(b_only, a_only, p_value)
+
+
+class Difference(NamedTuple):
+    """How much more often one of two policies solved the same episodes, in [-1, 1].
+
+    Attributes:
+        value (`float`): rate of `b` minus rate of `a`.
+        low (`float`): lower end of the 95 % interval. high (`float`): upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Example: `"+12.0 points [+3.1, +20.4]"`."""
+        return f"{100 * self.value:+.1f} points [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+def paired_difference(a: Sequence[bool], b: Sequence[bool], confidence: float = 0.95) -> Difference:
+    """Difference of two rates on the same episodes, with Newcombe's interval for paired proportions.
+
+    Method 10 of R. G. Newcombe, Statistics in Medicine 17 (1998) 2635-2650: the Wilson intervals of both rates, put together by squaring and adding, with their correlation phi, which is corrected
+    for continuity where it is positive.
+
+    Args:
+        a (`Sequence[bool]`): outcomes of one policy.
+        b (`Sequence[bool]`): outcomes of the other, on the same episodes in the same order.
+        confidence (`float`): of the interval.
+
+    Raises:
+        ValueError: if there are no episodes, or not equally many.
+
+    Example: of 21 episodes both solve 1, `a` alone 7, `b` alone 1, neither 12: -0.286 [-0.507, -0.026] (M. W. Fagerland,
+    S. Lydersen, P. Laake, Statistics in Medicine 33 (2014) 2850-2875).
+    """
+    test, n = mcnemar_exact(a, b), len(a)
+    both = sum(bool(x) and bool(y) for x, y in zip(a, b, strict=True))
+    neither = n - both - test.a_only - test.b_only
+    first, second = Proportion.of(a), Proportion.of(b)
+    (low_a, high_a), (low_b, high_b) = first.wilson(confidence), second.wilson(confidence)
+    product = first.k * (n - first.k) * second.k * (n - second.k)
+    raw = both * neither - test.a_only * test.b_only
+    phi = (max(raw - n / 2, 0.0) if raw > 0 else raw) / math.sqrt(product) if product else 0.0
+    value = (test.b_only - test.a_only) / n
+
+    def distance(down: float, up: float) -> float:
+        return math.sqrt(max(0.0, down**2 - 2 * phi * down * up + up**2))
+
+    low = value - distance(second.rate - low_b, high_a - first.rate)
+    high = value + distance(high_b - second.rate, first.rate - low_a)
+    return Difference(value, low, high)
+
+
+def episodes_needed(discordant: float, difference: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
+    """Episodes that McNemar's test needs to find a difference, two-sided, were the rates as given.
+
+    R. J. Connor, Biometrics 43 (1987) 207-211: `n = (z_alpha sqrt(p) + z_power sqrt(p - d^2))^2 / d^2`.
+
+    Args:
+        discordant (`float`): `p`, share of the episodes that only one of the two policies solves.
+        difference (`float`): `d`, difference of the rates; not 0, and at most `discordant` in size.
+        alpha (`float`): level of the test. power (`float`): with which probability the difference is to be found.
+
+    Raises:
+        ValueError: if such rates do not exist.
+
+    Example: one alone solves 25 % and the other alone 15 %: `episodes_needed(0.4, 0.1)` is 312.
+    """
+    if not 0 < abs(difference) <= discordant <= 1:
+        raise ValueError(
+            f"`difference` must be in [-discordant, discordant] and not 0, got {difference} and {discordant}."
+        )
+    z_alpha, z_power = norm.ppf(1 - alpha / 2), norm.ppf(power)
+    root = z_alpha * math.sqrt(discordant) + z_power * math.sqrt(discordant - difference**2)
+    return math.ceil(root**2 / difference**2)

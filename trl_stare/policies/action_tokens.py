@@ -1,10 +1,11 @@
-"""Continuous actions as bins, and the statistics that scale them."""
+"""Continuous actions as bins, the statistics that scale them, and the loss of imitating bins."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -54,3 +55,26 @@ def norm_stats(actions: Tensor, state: Tensor) -> dict[str, Any]:
     std = state.std(dim=0)
     std = torch.where(std < 1e-6, torch.ones_like(std), std)
     return {"action": {"scale": scale.tolist()}, "state": {"mean": state.mean(dim=0).tolist(), "std": std.tolist()}}
+
+
+def imitation_loss(
+    logits: Tensor, labels: Tensor, *, soft_bins: float, weight: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy `[N, L, num_bins]` against bins `[N, L]`, smoothed over neighbouring bins.
+
+    The mean over rows of the mean over their tokens in `mask` `[N, L]`; rows weighted by `weight` `[N]`.
+
+    The target is `softmax(-(bin - label)^2 / (2 soft_bins^2))`: a near miss costs less than a far one.
+    """
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"`labels` must be {tuple(logits.shape[:2])}, got {tuple(labels.shape)}.")
+    logps = F.log_softmax(logits.float(), dim=-1)
+    if soft_bins:
+        bins = torch.arange(logits.shape[-1], device=logits.device)
+        target = torch.softmax(-((bins - labels[..., None]) ** 2) / (2 * soft_bins**2), dim=-1)
+        losses = -(target * logps).sum(-1)
+    else:
+        losses = -logps.gather(-1, labels[..., None]).squeeze(-1)
+    mask = torch.ones_like(losses) if mask is None else mask.to(losses.dtype)
+    losses = (losses * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return losses.mean() if weight is None else (losses * weight).sum() / weight.sum()

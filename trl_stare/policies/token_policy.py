@@ -1,138 +1,114 @@
-"""A token VLA as the trainers see it: bins, normalisation and sampling around a model that returns action logits."""
+"""A VLA that acts in tokens, as the trainers see it: bins, sampling and scoring around a model that gives action logits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import cached_file
 
 from trl_stare.interfaces import ActionEval, ActionSample, Observation
-from trl_stare.policies.action_tokens import ActionBins
-from trl_stare.policies.tiny import (
-    StareVLAConfig,
-    StareVLAForActionPrediction,
-    StareVLAImageProcessor,
-    StareVLAProcessor,
-)
-from trl_stare.policies.tiny.modeling import imitation_loss
-from trl_stare.policies.tiny.processing import build_tokenizer
+from trl_stare.policies.action_tokens import imitation_loss
+
+ADAPTER_CONFIG_NAME = "policy_config.json"
+"""The model's config beside an adapter. Were it called `config.json`, transformers would look for the whole model there."""
+
+
+class Bins(Protocol):
+    """Between robot units and bins: [`ActionBins`] of the small VLA, [`BinnedActions`] of OpenVLA."""
+
+    num_bins: int
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """`[..., A]` robot units -> `[..., A]` bins."""
+
+    def decode(self, bins: Tensor) -> Tensor:
+        """`[..., A]` bins -> `[..., A]` robot units."""
 
 
 class TokenPolicy:
-    """A [`~trl_stare.interfaces.VLAPolicy`] over a model whose forward gives `[N, L, num_bins]` action logits.
+    """A [`~trl_stare.interfaces.VLAPolicy`] whose decisions are `C * A` bins. Load any of them with [`from_pretrained`].
+
+    A subclass says what its model sees ([`prepare`]) and how likely its bins are ([`action_logits`]). It decides on all bins at
+    once, unless it overrides [`act`] as well.
 
     Args:
-        model (`PreTrainedModel`): e.g. [`StareVLAForActionPrediction`]; its config holds `norm_stats`.
-        processor (`ProcessorMixin`): makes `input_ids` and `pixel_values`.
-        unnorm_key (`str`, *optional*): which statistics to use; may be left out where the checkpoint has only one.
-
-    Raises:
-        ValueError: if `unnorm_key` is unknown (lists the known ones) or the statistics do not fit the model.
+        model (`PreTrainedModel`), processor (`ProcessorMixin`): saved together.
+        bins ([`Bins`]): between robot units and bins. chunk_size (`int`): `C`. action_dim (`int`): `A`.
+        unnorm_key (`str`): which of the checkpoint's statistics `bins` come from.
     """
 
-    def __init__(self, model: Any, processor: Any, unnorm_key: str | None = None):
-        self.model, self.processor = model, processor
-        config, stats = model.config, model.config.norm_stats
-        if unnorm_key is None and len(stats) == 1:
-            unnorm_key = next(iter(stats))
-        if unnorm_key not in stats:
-            raise ValueError(f"`unnorm_key` must be one of {sorted(stats)}, got {unnorm_key!r}.")
-        self.unnorm_key = unnorm_key
-        self.chunk_size, self.action_dim = config.chunk_size, config.action_dim
-        self.bins = ActionBins(
-            scale=torch.tensor(stats[unnorm_key]["action"]["scale"]),
-            num_bins=config.num_bins,
-            action_dim=config.action_dim,
-        )
-        self.state_mean = torch.tensor(stats[unnorm_key]["state"]["mean"])
-        self.state_std = torch.tensor(stats[unnorm_key]["state"]["std"])
-        if len(self.state_mean) != config.state_size or not (self.state_std > 0).all():
-            raise ValueError(
-                f"`norm_stats[{unnorm_key!r}]['state']` must hold {config.state_size} means and positive std, got "
-                f"{self.state_mean.tolist()} and {self.state_std.tolist()}."
-            )
-        self._tokenize = lru_cache(maxsize=256)(self._tokenize_one)
+    _classes: ClassVar[dict[str, type[TokenPolicy]]] = {}
+
+    def __init_subclass__(cls, model_type: str | None = None, **kwargs: Any):
+        """`model_type`: checkpoints of this type become this policy when they are loaded."""
+        super().__init_subclass__(**kwargs)
+        if model_type is not None:
+            TokenPolicy._classes[model_type] = cls
+
+    def __init__(
+        self, model: Any, processor: Any, bins: Bins, *, chunk_size: int, action_dim: int, unnorm_key: str | None
+    ):
+        self.model, self.processor, self.bins = model, processor, bins
+        self.chunk_size, self.action_dim, self.unnorm_key = chunk_size, action_dim, unnorm_key
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, unnorm_key: str | None = None, **kwargs: Any) -> TokenPolicy:
-        """Load model and processor from a folder or a Hub id."""
-        model = AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
-        return cls(model, AutoProcessor.from_pretrained(folder), unnorm_key)
+        """Load model and processor from a folder or a Hub id, as the policy that fits the checkpoint's `model_type`.
 
-    @classmethod
-    def create_tiny(
-        cls,
-        norm_stats: dict[str, Any],
-        *,
-        image_size: int = 64,
-        chunk_size: int = 4,
-        action_dim: int = 7,
-        **config: Any,
-    ) -> TokenPolicy:
-        """A new small VLA with random weights and the given statistics; `config` goes to [`StareVLAConfig`]."""
-        num_bins = config.setdefault("num_bins", 33)
-        config.setdefault("state_size", len(next(iter(norm_stats.values()))["state"]["mean"]))
-        tokenizer = build_tokenizer(chunk_size, num_bins)
-        text = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-        text |= {"num_key_value_heads": 4, "max_position_embeddings": 512, "pad_token_id": tokenizer.pad_token_id}
-        text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        model = StareVLAForActionPrediction(
-            StareVLAConfig(
-                image_size=image_size,
-                chunk_size=chunk_size,
-                action_dim=action_dim,
-                action_token_ids=tokenizer.convert_tokens_to_ids([f"<action_{i}>" for i in range(num_bins)]),
-                query_token_ids=tokenizer.convert_tokens_to_ids([f"<query_{i}>" for i in range(chunk_size)]),
-                image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-                state_token_id=tokenizer.convert_tokens_to_ids("<state>"),
-                text_config=text | {"vocab_size": len(tokenizer)} | config.pop("text_config", {}),
-                norm_stats=norm_stats,
-                pad_token_id=tokenizer.pad_token_id,
-                **config,
+        Args:
+            folder (`str`): saved by [`save_pretrained`], with or without a PEFT adapter, or published, such as `openvla/openvla-7b`.
+            unnorm_key (`str`, *optional*): which statistics to use; may be left out where the checkpoint has only one.
+            kwargs: for `from_pretrained` of the model, e.g. `dtype`; fields of its config are changed.
+
+        Raises:
+            ValueError: the checkpoint is not a VLA, or `unnorm_key` is unknown (lists the known ones).
+        """
+        model = load_model(folder, **kwargs)
+        kind = "hf_vlm" if getattr(model.config, "vla", None) else model.config.model_type
+        policy_class = cls._classes.get(kind)
+        if policy_class is None:
+            raise ValueError(
+                f"`{folder}` must hold a VLA, one of {sorted(cls._classes)}, got {model.config.model_type!r}. A "
+                "vision-language model becomes one by `HFVLMPolicy.create`: see docs/own_vla.md."
             )
-        )
-        return cls(model, StareVLAProcessor(StareVLAImageProcessor(image_size), tokenizer, chunk_size))
+        return policy_class(model, AutoProcessor.from_pretrained(folder), unnorm_key=unnorm_key)
+
+    @staticmethod
+    def create_tiny(norm_stats: dict[str, Any], **config: Any) -> TokenPolicy:
+        """A new small VLA with random weights, see [`StareVLAPolicy.create_tiny`]."""
+        return TokenPolicy._classes["stare_vla"].create_tiny(norm_stats, **config)
 
     def prepare(self, obs: Observation) -> dict[str, Tensor]:
-        """Model inputs on the CPU; images stay uint8."""
-        size = self.processor.image_processor.image_size
-        if obs.images.shape[1:3] == (size, size):
-            pixels = obs.images.permute(0, 3, 1, 2)
-        else:
-            pixels = self.processor.image_processor(list(obs.images.numpy()), return_tensors="pt")["pixel_values"]
-        ids, mask = self._tokenize(tuple(obs.instructions))
-        if obs.state is None:
-            raise ValueError("`obs.state` must be `[N, P]`, got None. This policy needs proprioception.")
-        state = (obs.state - self.state_mean) / self.state_std
-        return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "state": state}
+        """Model inputs with first dimension `N` on the CPU; images stay uint8."""
+        raise NotImplementedError
+
+    def action_logits(self, inputs: dict[str, Tensor], trace: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Differentiable `[N, L, num_bins]` logits, lowest bin first, and `[N, F]` features for a value head.
+
+        `trace` `[N, L]` are the decisions to score; `None` when [`act`] asks, which a model that decides at once allows.
+        """
+        raise NotImplementedError
 
     @torch.no_grad()
     def act(
         self, inputs: dict[str, Tensor], *, temperature: float, generator: torch.Generator | None = None
     ) -> ActionSample:
-        """Sample every action token from `softmax(logits / temperature)`; temperature 0 takes the best."""
-        output = self._forward(inputs)
-        logps = F.log_softmax(output.logits.float() / (temperature or 1.0), dim=-1).cpu()
-        if temperature:
-            n, length, bins = logps.shape
-            trace = torch.multinomial(logps.exp().view(-1, bins), 1, generator=generator).view(n, length)
-        else:
-            trace = logps.argmax(dim=-1)
-        chosen = logps.gather(-1, trace[..., None]).squeeze(-1)
-        return ActionSample(self.decode(trace), trace, chosen, output.features.float().cpu())
+        """Sample every bin from `softmax(logits / temperature)`; temperature 0 takes the best."""
+        logits, features = self.action_logits(inputs, None)
+        trace, logps = sample_bins(logits, temperature, generator)
+        return ActionSample(self.decode(trace), trace, logps, features.float().cpu())
 
     def evaluate(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0) -> ActionEval:
         """Log-probabilities and entropies `[N, L]` of `trace`, differentiable."""
-        output = self._forward(inputs)
-        logps = F.log_softmax(output.logits.float() / temperature, dim=-1)
+        logits, features = self.action_logits(inputs, trace)
+        logps = F.log_softmax(logits.float() / temperature, dim=-1)
         chosen = logps.gather(-1, trace.to(logps.device)[..., None]).squeeze(-1)
-        return ActionEval(chosen, -(logps.exp() * logps).sum(-1), output.features)
+        return ActionEval(chosen, -(logps.exp() * logps).sum(-1), features)
 
     def score(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
         """`[N]` log-likelihood of the chunk over the action vocabulary."""
@@ -142,28 +118,54 @@ class TokenPolicy:
         self, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor, weight: Tensor | None = None
     ) -> Tensor:
         """Scalar loss of imitating the tokens of `trace` in `mask` `[N, L]`; mean over decisions or weighted by `[N]`."""
-        output = self._forward(inputs)
+        logits, _ = self.action_logits(inputs, trace)
         soft_bins = getattr(self.model.config, "soft_bins", 0.0)
-        trace, mask = trace.to(output.logits.device), mask.to(output.logits.device)
-        return imitation_loss(output.logits, trace, soft_bins=soft_bins, weight=weight, mask=mask)
+        trace, mask = trace.to(logits.device), mask.to(logits.device)
+        return imitation_loss(logits, trace, soft_bins=soft_bins, weight=weight, mask=mask)
 
     def encode(self, actions: Tensor) -> Tensor:
         """`[N, C, A]` robot units -> `[N, C * A]` bins."""
         return self.bins.encode(actions).flatten(1)
 
     def decode(self, trace: Tensor) -> Tensor:
-        """`[N, C * A]` bins -> `[N, C, A]` robot units."""
-        return self.bins.decode(trace.view(len(trace), self.chunk_size, self.action_dim))
+        """`[N, C * A]` bins -> `[N, C, A]` float32 robot units."""
+        return self.bins.decode(trace.view(len(trace), self.chunk_size, self.action_dim)).float()
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write model and processor; [`from_pretrained`] reads them back exactly."""
+        """Write model and processor; [`from_pretrained`] reads them back exactly.
+
+        Of a PEFT model only the adapter is written, and with it the model's config: statistics and conventions may not be the base's.
+        """
         self.model.save_pretrained(folder, **kwargs)
+        if hasattr(self.model, "peft_config"):
+            self.model.config.to_json_file(Path(folder) / ADAPTER_CONFIG_NAME)
         self.processor.save_pretrained(folder)
 
-    def _forward(self, inputs: dict[str, Tensor]) -> Any:
-        device = next(self.model.parameters()).device
-        return self.model(**{name: value.to(device) for name, value in inputs.items()})
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
-    def _tokenize_one(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        encoded = self.processor(text=list(instructions))
-        return encoded["input_ids"], encoded["attention_mask"]
+
+def load_model(folder: str | Path, **kwargs: Any) -> Any:
+    """`AutoModelForImageTextToText.from_pretrained`, but an adapter that came with a config of its own keeps it."""
+    if cached_file(folder, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:
+        config = AutoConfig.from_pretrained(folder, _configuration_file=ADAPTER_CONFIG_NAME)
+        for name in [name for name in kwargs if name != "dtype" and hasattr(config, name)]:
+            setattr(config, name, kwargs.pop(name))
+        kwargs["config"] = config
+    return AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
+
+
+def sample_bins(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """`[N, L, bins]` logits -> sampled bins and their log-probabilities, `[N, L]` on the CPU, where `generator` lives.
+
+    Temperature 0 takes the best bin; its log-probability is that at temperature 1.
+    """
+    logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1).cpu()
+    if temperature:
+        n, length, bins = logps.shape
+        trace = torch.multinomial(logps.exp().view(-1, bins), 1, generator=generator).view(n, length)
+    else:
+        trace = logps.argmax(dim=-1)
+    return trace, logps.gather(-1, trace[..., None]).squeeze(-1)

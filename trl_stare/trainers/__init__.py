@@ -2,7 +2,7 @@
 
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig
 from trl_stare.trainers.stage_dpo_trainer import StageDPOTrainer
-from trl_stare.trainers.stage_ppo_config import StagePPOConfig
+from trl_stare.trainers.stage_ppo_config import StagePPOConfig, preset_fields
 from trl_stare.trainers.stage_ppo_trainer import StagePPOTrainer
 from trl_stare.trainers.stage_sft_config import StageSFTConfig
 from trl_stare.trainers.stage_sft_trainer import StageSFTTrainer
@@ -14,4 +14,5 @@ __all__ = [
     "StagePPOTrainer",
     "StageSFTConfig",
     "StageSFTTrainer",
+    "preset_fields",
 ]

@@ -46,11 +46,11 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
-    def calibrate(self, features: Tensor) -> None:
-        """Take mean and standard deviation of `[M, F]` features; later calls change nothing."""
+    def calibrate(self, mean: Tensor, std: Tensor) -> None:
+        """Standardise with these statistics `[F]` of the features; later calls change nothing."""
         if not self.is_calibrated:
-            self.mean.copy_(features.mean(dim=0))
-            self.std.copy_(features.std(dim=0).clamp(min=1e-3))
+            self.mean.copy_(mean)
+            self.std.copy_(std.clamp(min=1e-3))
             self.is_calibrated.fill_(True)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -64,10 +64,12 @@ class ActorCritic(nn.Module):
 
     Args:
         policy ([`VLAPolicy`]): the actor. value_head ([`ValueHead`]): the critic.
+        shares_features (`bool`): let the critic's gradient reach the policy through the hidden state that it reads.
     """
 
-    def __init__(self, policy: VLAPolicy, value_head: ValueHead):
+    def __init__(self, policy: VLAPolicy, value_head: ValueHead, *, shares_features: bool = False):
         super().__init__()
+        self.shares_features = shares_features
         self.model, self.value_head = policy.model, value_head
         self._policy = [policy]  # in a list: not a submodule
 
@@ -80,12 +82,20 @@ class ActorCritic(nn.Module):
         """Passed on to the model."""
         self.model.gradient_checkpointing_enable(**kwargs)
 
+    def disable_dropout(self) -> None:
+        """With dropout the update would see other log-probabilities than the rollout: the first ratio would not be 1."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
     def forward(
         self, inputs: dict[str, Tensor], trace: Tensor, features: Tensor | None, temperature: float
     ) -> tuple[ActionEval, Tensor]:
-        """Evaluate `trace`; the critic reads `features`, or the detached hidden state where they are `None`."""
+        """Evaluate `trace`; the critic reads `features`, or the hidden state where they are `None`."""
         evaluation = self._policy[0].evaluate(inputs, trace, temperature=temperature)
-        return evaluation, self.value_head(evaluation.features.detach() if features is None else features)
+        if features is None:
+            features = evaluation.features if self.shares_features else evaluation.features.detach()
+        return evaluation, self.value_head(features)
 
     def save(self, folder: str | Path) -> None:
         """A plain checkpoint of the policy, and the critic in a file of its own."""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_stare.data.trajectory import Trajectory
-from trl_stare.interfaces import Observation
+from trl_stare.interfaces import Observation, VectorEnv, VLAPolicy
 from trl_stare.losses import gae
 from trl_stare.stages import StagePlan, shaped_reward
+from trl_stare.trainers.actor_critic import privileged_features
+from trl_stare.trainers.rewards import task_reward
 
 
 class DecisionRewards(NamedTuple):
     """What one trajectory of `M` decisions earned.
 
     Attributes:
-        raw (`Tensor`): `[M]`, the task's own reward, discounted to the decision within its chunk.
+        raw (`Tensor`): `[M]`, what the task pays, discounted to the decision within its chunk.
         shaped (`Tensor`): `[M]`, with shaping.
         discount (`Tensor`): `[M]`, `gamma ** steps of the decision`.
     """
@@ -30,9 +33,9 @@ class DecisionRewards(NamedTuple):
 
 
 def decision_rewards(
-    trajectory: Trajectory, plan: StagePlan, *, gamma: float, weight: float, form: str
+    trajectory: Trajectory, plan: StagePlan, *, gamma: float, weight: float, form: str, reward: str = "success"
 ) -> DecisionRewards:
-    """Rewards of the decisions of one trajectory; `weight` 0 shapes nothing.
+    """Rewards of the decisions of one trajectory; `weight` 0 shapes nothing, `reward` is one of [`REWARDS`].
 
     A decision of `n` environment steps has discount `gamma^n` and reward `sum_i gamma^i r_i` (options, Sutton et al. 1999);
     the potential is taken where the policy looks: before the decision and after its last step.
@@ -41,7 +44,7 @@ def decision_rewards(
     steps = bounds.diff()
     within = torch.arange(trajectory.num_steps) - trajectory.starts.repeat_interleave(steps)
     owner = torch.arange(len(steps)).repeat_interleave(steps)
-    raw = torch.zeros(len(steps)).index_add(0, owner, trajectory.reward * gamma**within)
+    raw = torch.zeros(len(steps)).index_add(0, owner, task_reward(trajectory, reward) * gamma**within)
     discount = gamma ** steps.float()
     if not weight:
         return DecisionRewards(raw, raw, discount)
@@ -105,3 +108,59 @@ def advantages_and_returns(
     advantages, returns = gae(reward, value, next_value, final, is_last, gamma=discount, lam=gae_lambda)
     inside = torch.arange(len(reward))[:, None] <= last[None]
     return advantages.T[inside.T], returns.T[inside.T]
+
+
+def num_prefix_steps(trajectory: Trajectory) -> int:
+    """Environment steps that were replayed before the policy first looked."""
+    return 0 if trajectory.prefix is None else len(trajectory.prefix)
+
+
+def decision_stages(trajectories: Sequence[Trajectory], plan: StagePlan) -> Tensor:
+    """The stage in which each decision was taken, `[M]` int64, all decisions one after the other; the last stage after success."""
+    stages = [
+        plan.current_stage({name: value[t.starts] for name, value in t.signals.items() if name in plan.reads})
+        for t in trajectories
+    ]
+    return torch.cat(stages).clamp(max=len(plan) - 1)
+
+
+def normalize_advantages(
+    advantages: Tensor, groups: Tensor, num_groups: int, total: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Bring the advantages of each group to mean 0 and standard deviation 1: `(A - mean) / (std + 1e-5)`.
+
+    The standard deviation is that of the population, as in RL4VLA (`replay_buffer.py`), so a group of one gets 0.
+
+    Args:
+        advantages (`Tensor`): `[M]`. groups (`Tensor`): `[M]` int64, in `0 .. num_groups - 1`.
+        total (`Callable`): sums a tensor over all processes, of which each has its own `M`.
+
+    Example: advantages `[1, 3, 5, 9]` in groups `[0, 0, 1, 1]` become `[-1, 1, -1, 1]`, up to the 1e-5.
+    """
+    belongs = F.one_hot(groups, num_groups).double()
+    count = total(belongs.sum(dim=0)).clamp(min=1)
+    mean = total(advantages.double() @ belongs) / count
+    centred = advantages.double() - mean[groups]
+    std = (total(centred.square() @ belongs) / count).sqrt()
+    return (centred / (std[groups] + 1e-5)).to(advantages.dtype)
+
+
+def critic_features(
+    trajectories: Sequence[Trajectory], policy: VLAPolicy, env: VectorEnv, *, privileged: bool
+) -> tuple[Tensor, Tensor]:
+    """What the critic reads at every decision `[M, F]` and at every end `[N, F]`: signals and time, or the hidden state."""
+    if not privileged:
+        final = policy.prepare(observations(trajectories, final=True))
+        # temperature and generator do not matter: only the hidden state is used
+        ends = policy.act(final, temperature=1.0, generator=torch.Generator().manual_seed(0)).features
+        return torch.cat([trajectory.features for trajectory in trajectories]), ends
+
+    def features_at(chosen: list[Tensor]) -> Tensor:
+        signals = {
+            name: torch.cat([t.signals[name][at] for t, at in zip(trajectories, chosen, strict=True)])
+            for name in env.signal_names
+        }
+        time = torch.cat([at + num_prefix_steps(t) for t, at in zip(trajectories, chosen, strict=True)])
+        return privileged_features(signals, env.signal_names, time / env.max_episode_steps)
+
+    return features_at([t.bounds[:-1] for t in trajectories]), features_at([t.bounds[-1:] for t in trajectories])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from trl_stare.data.pairs import WHOLE_TRAJECTORY
 from trl_stare.interfaces import VLAPolicy
 from trl_stare.losses import stage_preference_loss
 from trl_stare.trainers._compat import forward_once, keep_forward, restore_weights, use_adapter
+from trl_stare.trainers.stage_dpo_card import write_preference_card
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig
 from trl_stare.trainers.stage_dpo_metrics import pair_metrics
 from trl_stare.trainers.stage_dpo_reference import (
@@ -55,9 +57,8 @@ class StageDPOTrainer(DPOTrainer):
     Logged: TRL's `rewards/chosen|rejected|margins|accuracies` (`beta` times the gain over the reference, without
     costs) and `logps/chosen|rejected` (the scores), and each stage's own `stage/{name}/...`, see [`pair_metrics`].
 
-    Several processes: DDP, DeepSpeed ZeRO-2 and ZeRO-3 give the losses of one process at an equal global batch (tests
-    with two processes on a CPU). On GPUs, over several machines, and under FSDP nothing of this has been run yet; FSDP
-    is refused.
+    Several processes: DDP, DeepSpeed ZeRO-2 and ZeRO-3, and FSDP give the losses of one process at an equal global batch
+    (tests with two processes on a CPU). On GPUs and over several machines nothing of this has been run yet.
 
     Raises:
         ValueError: if the rows are not stage pairs, are none, or do not fit the objective.
@@ -112,6 +113,10 @@ class StageDPOTrainer(DPOTrainer):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
+        if self._precompute_engine is not None:
+            # its hooks would stay on the modules and lose count of the training engine's forwards (ZeRO-3)
+            self._precompute_engine.destroy()
+            self._precompute_engine = None
 
     # ---- data: seams of DPOTrainer
 
@@ -166,10 +171,10 @@ class StageDPOTrainer(DPOTrainer):
         return steps + 0.0 * torch.cat(scores[len(starts) :]).sum() if idle else steps
 
     def _most_of_all(self, count: int) -> int:
-        """The largest `count` of all processes under ZeRO-3, where each forward fetches weights from all of them: a
-        process with fewer micro-batches would leave the others waiting. Elsewhere `count`."""
+        """The largest `count` of all processes under ZeRO-3 and FSDP, where each forward fetches weights from all of
+        them: a process with fewer micro-batches would leave the others waiting. Elsewhere `count`."""
         plugin = self.accelerator.state.deepspeed_plugin
-        if plugin is None or plugin.zero_stage != 3:
+        if not self.is_fsdp_enabled and (plugin is None or plugin.zero_stage != 3):
             return count
         return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
@@ -201,11 +206,6 @@ class StageDPOTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add the reference's scores to the rows, from the cache or by the reference as it is now. TRL's own cache
         knows nothing of the objective or the processor."""
-        if self.is_fsdp_enabled:
-            raise ValueError(
-                "`fsdp` must be off, got it on: it has not been tried with StageDPOTrainer. "
-                "Use DDP or DeepSpeed, see recipes/accelerate."
-            )
         model, is_main = self._reference_model(), self.accelerator.is_main_process
         key = reference_key(
             self.accelerator.unwrap_model(model),
@@ -297,16 +297,34 @@ class StageDPOTrainer(DPOTrainer):
             self._records[mode].clear()
         super().log(logs, start_time)
 
-    # ---- checkpoints
+    # ---- cards and checkpoints
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md` to the output folder: TRL's own is about text generation."""
+        if not self.is_world_process_zero():
+            return
+        more = [tags] if isinstance(tags, str) else tags or []
+        write_preference_card(
+            self.args,
+            self.train_dataset,
+            name=self.hub_model_id or model_name or Path(self.args.output_dir).name,
+            step=self.state.global_step,
+            max_steps=self.state.max_steps,
+            is_adapter=is_peft_model(self.model),
+            tags=(*self._tag_names, *more),
+            dataset_name=dataset_name,
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if is_peft_model(self.model) or self.is_deepspeed_enabled:
+        if is_peft_model(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             restore_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if is_peft_model(self.model) or self.is_deepspeed_enabled:
+        if is_peft_model(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
             restore_weights(self.model, self.state.best_model_checkpoint)

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl_stare.losses import RATIO_LEVELS
 from trl_stare.stages import POTENTIAL_FORMS
 from trl_stare.trainers._compat import _BaseConfig
+from trl_stare.trainers.presets import PPO_PRESETS
+from trl_stare.trainers.rewards import REWARDS
 
-CRITICS = ("privileged", "hidden")
+CRITICS = ("privileged", "hidden", "shared")
+ADVANTAGE_NORMS = ("rollout", "stage")
+
+_POSITIVE = (
+    "episodes_per_iteration",
+    "num_ppo_epochs",
+    "num_minibatches",
+    "clip_range",
+    "value_clip_range",
+    "huber_delta",
+    "target_kl",
+    "temperature",
+    "reset_pool_size",
+    "max_skipped_updates",
+)
+_SHARES = ("gamma", "gae_lambda", "reset_share")
+_NOT_NEGATIVE = (
+    "value_warmup_iterations",
+    "shaping_weight",
+    "policy_coef",
+    "value_coef",
+    "kl_coef",
+    "value_learning_rate",
+    "eval_temperature",
+)
+_CHOICES = {
+    "ratio_level": RATIO_LEVELS,
+    "critic": CRITICS,
+    "potential_form": POTENTIAL_FORMS,
+    "reward": REWARDS,
+    "advantage_norm": ADVANTAGE_NORMS,
+}
 
 
 @dataclass
@@ -35,24 +70,50 @@ class StagePPOConfig(_BaseConfig):
             Clipping and Huber threshold of the value loss; off by default.
         policy_coef, value_coef, entropy_coef (`float`, default to `1.0`, `0.5`, `0.0`):
             Weights of the three losses.
+        kl_coef (`float`, defaults to `0.0`):
+            Weight of the KL to the reference, the policy as it is when the trainer is made (PEFT: the adapter off). 0 keeps none.
+        advantage_norm (`str`, defaults to `"rollout"`):
+            Over what advantages are brought to mean 0 and standard deviation 1: the `"rollout"`, or each `"stage"` of it alone,
+            so that a stage in which little is at stake learns as much as the others.
         value_learning_rate (`float`, defaults to `1e-3`):
             Learning rate of the critic.
         critic (`str`, defaults to `"privileged"`):
             What the critic reads: `"privileged"` simulator signals and the time (asymmetric actor-critic, arXiv 1710.06542),
-            or the policy's `"hidden"` state, detached, so that the critic cannot move the policy.
+            or the policy's `"hidden"` state, detached, so that the critic cannot move the policy, or that state `"shared"`, i.e.
+            with the value loss reaching the policy's weights (RL4VLA).
         value_warmup_iterations (`int`, defaults to `1`):
-            First iterations in which only the critic learns.
+            First iterations in which only the critic learns. The policy stays as it is, to the bit.
         target_kl (`float`, *optional*):
             Skip the policy's remaining updates of an iteration once the approximate KL of a minibatch exceeds this.
         temperature (`float`, defaults to `1.0`):
             Sampling temperature of rollouts; log-probabilities are taken at the same temperature.
+        eval_temperature (`float`, *optional*):
+            Sampling temperature of `evaluate`, `temperature` if it is not given; 0 is greedy.
+        recompute_logps (`bool`, defaults to `False`):
+            Take the old log-probabilities from a second look at the rollout, in the batches of an update, and not from sampling:
+            bfloat16 gives other ones in other batches, and the first ratio would not be 1.
+        disable_dropout (`bool`, defaults to `True`):
+            Switch the policy's dropout off, as TRL's DPO does: with it rollout and update are of different policies.
+        ignore_terminations (`bool`, defaults to `False`):
+            Play every training episode to its time limit, as RL4VLA does, and not until it is solved.
+        reward (`str`, defaults to `"success"`):
+            What the task pays: its own sparse reward, or `"rl4vla"`, the difference reward of [`rl4vla_reward`].
         stage_aware (`bool`, defaults to `True`):
             Shape the reward by stages. `False` is plain PPO, nothing else changed.
         shaping_weight (`float`, defaults to `0.5`), potential_form (`str`, defaults to `"staged"`):
             Weight and form of the shaping, see [`StagePlan.potential`].
+        reset_share (`float`, defaults to `0.0`):
+            Share of training episodes that begin where an earlier one entered the stage that fails most, see [`StageCurriculum`].
+            The steps that lead there are replayed without rendering, and not counted as environment steps.
+        reset_pool_size (`int`, defaults to `64`):
+            How many such beginnings are kept for each stage.
         bootstrap_on_truncation (`bool`, defaults to `True`):
             Take the critic's value for what follows a time limit. `False` makes the limit part of the task ("solve it in
             time"), which needs a critic that knows the time.
+        max_skipped_updates (`int`, defaults to `5`):
+            Updates whose loss or gradient is not finite are skipped and counted; after so many in a row the run stops.
+        stop_grace_s (`float`, defaults to `25.0`):
+            Seconds after a SIGTERM in which the iteration may come to its end and be saved. Slurm and Kubernetes kill after 30.
     """
 
     episodes_per_iteration: int = field(default=128, metadata={"help": "Episodes of one rollout, over all processes."})
@@ -67,6 +128,10 @@ class StagePPOConfig(_BaseConfig):
     policy_coef: float = field(default=1.0, metadata={"help": "Weight of the policy loss."})
     value_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference."})
+    advantage_norm: str = field(
+        default="rollout", metadata={"help": f"Over what advantages are normalised: {ADVANTAGE_NORMS}."}
+    )
     value_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the critic."})
     critic: str = field(default="privileged", metadata={"help": f"What the critic reads: {CRITICS}."})
     value_warmup_iterations: int = field(
@@ -76,10 +141,29 @@ class StagePPOConfig(_BaseConfig):
         default=None, metadata={"help": "Stop the policy's updates of an iteration at this KL."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of rollouts."})
+    eval_temperature: float | None = field(default=None, metadata={"help": "Sampling temperature of `evaluate`."})
+    recompute_logps: bool = field(
+        default=False, metadata={"help": "Take the old log-probabilities from a second look at the rollout."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Switch the policy's dropout off."})
+    ignore_terminations: bool = field(
+        default=False, metadata={"help": "Play every training episode to its time limit."}
+    )
+    reward: str = field(default="success", metadata={"help": f"What the task pays: {REWARDS}."})
     stage_aware: bool = field(default=True, metadata={"help": "Shape the reward by stages; False is plain PPO."})
     shaping_weight: float = field(default=0.5, metadata={"help": "Weight of the shaping."})
     potential_form: str = field(default="staged", metadata={"help": f"Form of the potential: {POTENTIAL_FORMS}."})
+    reset_share: float = field(
+        default=0.0, metadata={"help": "Share of training episodes that begin at the entry of a later stage."}
+    )
+    reset_pool_size: int = field(default=64, metadata={"help": "Beginnings kept for each later stage."})
     bootstrap_on_truncation: bool = field(default=True, metadata={"help": "Bootstrap through time limits."})
+    max_skipped_updates: int = field(
+        default=5, metadata={"help": "Stop after so many updates in a row whose loss or gradient is not finite."}
+    )
+    stop_grace_s: float = field(
+        default=25.0, metadata={"help": "Seconds after a SIGTERM in which the iteration may come to its end."}
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the policy."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of both learning rates."})
     logging_steps: float = field(
@@ -91,25 +175,68 @@ class StagePPOConfig(_BaseConfig):
     bf16: bool | None = field(default=False, metadata={"help": "Train in bfloat16."})
 
     def __post_init__(self):
-        positive = ("episodes_per_iteration", "num_ppo_epochs", "num_minibatches", "clip_range", "temperature")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
-        choices = {"ratio_level": RATIO_LEVELS, "critic": CRITICS, "potential_form": POTENTIAL_FORMS}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}.")
-        if self.value_warmup_iterations < 0 or self.shaping_weight < 0:
+        self._require(_POSITIVE, lambda value: value > 0, "positive")
+        self._require(_SHARES, lambda value: 0 <= value <= 1, "in [0, 1]")
+        self._require(_NOT_NEGATIVE, lambda value: value >= 0, "at least 0")
+        for name, known in _CHOICES.items():
+            self._require((name,), lambda value, known=known: value in known, f"one of {known}")
+        if not self.bootstrap_on_truncation and self.critic != "privileged":
             raise ValueError(
-                "`value_warmup_iterations` and `shaping_weight` must be at least 0, got "
-                f"{self.value_warmup_iterations} and {self.shaping_weight}."
-            )
-        if not self.bootstrap_on_truncation and self.critic == "hidden":
-            raise ValueError(
-                "`bootstrap_on_truncation=False` needs a critic that knows the time, got critic='hidden'. "
-                "Use critic='privileged' or bootstrap."
+                "`bootstrap_on_truncation=False` needs a critic that knows the time, got "
+                f"critic={self.critic!r}. Use critic='privileged' or bootstrap."
             )
         super().__post_init__()
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        if self.episodes_per_iteration < self.world_size:
+            raise ValueError(
+                f"`episodes_per_iteration` must give each of {self.world_size} processes an episode, got "
+                f"{self.episodes_per_iteration}."
+            )
+        if self.max_steps > 0 and self.max_steps % self.updates_per_iteration:
+            raise ValueError(
+                f"`max_steps` must be whole iterations of {self.updates_per_iteration} updates, got {self.max_steps}. "
+                "Use `num_train_epochs`, the number of iterations."
+            )
+
+    def _require(self, names: Iterable[str], holds: Callable[[Any], bool], wanted: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Optimizer steps of one PPO iteration."""
+        return -(-self.num_ppo_epochs * self.num_minibatches // self.gradient_accumulation_steps)
+
+    @classmethod
+    def preset(cls, name: str, output_dir: str, **overrides: Any) -> StagePPOConfig:
+        """The named settings, with `overrides` over them: a plain config, which can be printed and saved as any other.
+
+        Args:
+            name (`str`): `"rl4vla-7b"`, RL4VLA's recipe for policies of 7B weights, or `"small-cpu"`.
+            output_dir (`str`): as in any config. overrides: fields that differ, e.g. those of a YAML file.
+
+        Raises:
+            ValueError: for an unknown name; lists the known ones.
+
+        Example:
+
+        ```python
+        >>> config = StagePPOConfig.preset("rl4vla-7b", "interaction", num_train_epochs=100, **yaml.safe_load(text))
+        ```
+        """
+        return cls(output_dir=output_dir, **{**preset_fields(name), **overrides})
+
+
+def preset_fields(name: str) -> Mapping[str, Any]:
+    """What a preset changes from the defaults; `parser.set_defaults(**preset_fields(name))` puts it below a YAML file and flags.
+
+    Raises:
+        ValueError: for an unknown name; lists the known ones.
+    """
+    if name not in PPO_PRESETS:
+        raise ValueError(f"`preset` must be one of {sorted(PPO_PRESETS)}, got {name!r}.")
+    return PPO_PRESETS[name]

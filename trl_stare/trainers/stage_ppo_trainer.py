@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +13,33 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from trl_stare.data.rollout import Timing, play
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import VectorEnv, VLAPolicy
-from trl_stare.losses import ppo_policy_loss, ppo_value_loss
-from trl_stare.stages import StagePlan, segment, stage_success
+from trl_stare.stages import StagePlan
 from trl_stare.trainers._compat import _BaseTrainer, restore_weights
 from trl_stare.trainers.actor_critic import ActorCritic, ValueHead, privileged_features
-from trl_stare.trainers.ppo_batch import advantages_and_returns, decision_rewards, executed_tokens, observations
+from trl_stare.trainers.boundaries import RolloutBoundaries, RolloutStopped, StopRequest, UpdateGuard
+from trl_stare.trainers.checkpointing import AtomicCheckpoints
+from trl_stare.trainers.curriculum import StageCurriculum
+from trl_stare.trainers.ledger import LEDGER_FILE, EpisodeLedger, episode_row, void_row
+from trl_stare.trainers.ppo_terms import ppo_terms
+from trl_stare.trainers.processes import Rendezvous, gather_rows, total
+from trl_stare.trainers.reference import PolicyReference
+from trl_stare.trainers.rewards import check_reward
+from trl_stare.trainers.rollout_batch import make_batch
+from trl_stare.trainers.rollout_stream import RolloutStream
 from trl_stare.trainers.stage_ppo_config import StagePPOConfig
+from trl_stare.trainers.stage_ppo_metrics import IterationClock, evaluation_counts
+from trl_stare.trainers.starts import check_starts
 
 ROLLOUT_STATE_FILE = "rollout_state.json"
 
 
-class RolloutStream(IterableDataset):
-    """One pass is one PPO iteration: iterating plays the rollout, then yields its minibatches `num_ppo_epochs` times.
-
-    Not an endless stream: a loader that prefetches would play the next rollout with a stale policy.
-    """
-
-    def __init__(self, trainer: StagePPOTrainer):
-        self.trainer = trainer
-
-    def __len__(self) -> int:
-        return self.trainer.args.num_ppo_epochs * self.trainer.args.num_minibatches
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        trainer = self.trainer
-        iteration = trainer.iteration
-        batch = trainer.make_batch(trainer.collect_rollout(iteration))
-        generator = torch.Generator().manual_seed(trainer.episode_seed("shuffle", iteration))
-        for _ in range(trainer.args.num_ppo_epochs):
-            order = torch.randperm(len(batch["trace"]), generator=generator)
-            for rows in order.tensor_split(trainer.args.num_minibatches):
-                yield {name: _rows(value, rows) for name, value in batch.items()}
-
-
-class StagePPOTrainer(_BaseTrainer):
+class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
     """
     Trainer for StA-PPO (STARE-VLA, arXiv 2512.05107).
 
@@ -100,17 +87,26 @@ class StagePPOTrainer(_BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         plan.validate_signals(env.signal_names)
-        if "seed" not in train_dataset.column_names or not len(train_dataset):
-            raise ValueError(
-                f"`train_dataset` must hold episode starts with a `seed`, got {train_dataset.column_names}."
-            )
+        check_starts(train_dataset, eval_dataset)
+        check_reward(args.reward, env.signal_names, env.task)
         self.policy, self.env, self.plan = policy, env, plan
         self.env_steps = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._stopped_iteration = -1
-        num_features = self._count_features(args)
+        self._stopped_iteration, self._is_first_minibatch = -1, True
+        self.reference = PolicyReference(policy) if args.kl_coef else None
+        self.curriculum = StageCurriculum(
+            plan,
+            share=args.reset_share,
+            pool_size=args.reset_pool_size,
+            seed=args.seed,
+            max_episode_steps=env.max_episode_steps,
+        )
+        self._stop, self._guard = StopRequest(), UpdateGuard(self)
+        model = ActorCritic(policy, ValueHead(self._count_features(args)), shares_features=args.critic == "shared")
+        if args.disable_dropout:
+            model.disable_dropout()
         super().__init__(
-            model=ActorCritic(policy, ValueHead(num_features)),
+            model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -118,9 +114,15 @@ class StagePPOTrainer(_BaseTrainer):
             processing_class=policy.processor,
             callbacks=callbacks,
         )
+        self._clock = IterationClock(self)
+        # the clock logs, after which HF takes logging for done: what decides about it comes last
+        for callback in (self._guard, self._clock, RolloutBoundaries(self)):
+            self.add_callback(callback)
+        self.ledger = EpisodeLedger(Path(args.output_dir) / LEDGER_FILE)
+        self._rendezvous = Rendezvous(self.accelerator, args.ddp_timeout)
 
     def _count_features(self, args: StagePPOConfig) -> int:
-        if args.critic == "hidden":
+        if args.critic != "privileged":
             return self.policy.model.config.get_text_config().hidden_size
         signals = self.env.reset([0]).signals
         return privileged_features(signals, self.env.signal_names, torch.zeros(self.env.num_envs)).shape[1]
@@ -128,10 +130,25 @@ class StagePPOTrainer(_BaseTrainer):
     @property
     def iteration(self) -> int:
         """Index of the PPO iteration under way, from the optimizer steps taken: right also after resuming."""
-        per_iteration = -(
-            -self.args.num_ppo_epochs * self.args.num_minibatches // self.args.gradient_accumulation_steps
-        )
-        return self.state.global_step // per_iteration
+        return self.state.global_step // self.args.updates_per_iteration
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training came to its end: not so after a SIGTERM."""
+        return self.state.global_step >= self.state.max_steps
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As [`AtomicCheckpoints.train`]; after a SIGTERM it saves at the next rollout boundary and returns, see `is_finished`."""
+        with self._stop:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process; all must ask."""
+        return bool(total(self.accelerator, torch.tensor(float(flag))) > 0)
+
+    def must_stop(self, grace: float = 0.0) -> bool:
+        """Whether some process was asked to stop more than `grace` seconds ago."""
+        return self.any_process(self._stop.waited_longer_than(grace))
 
     def episode_seed(self, purpose: str, iteration: int) -> int:
         """A seed that depends on nothing but the run's seed, the purpose, the iteration and the process."""
@@ -140,7 +157,8 @@ class StagePPOTrainer(_BaseTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """One batch per minibatch, made on the fly; see [`RolloutStream`]."""
-        return DataLoader(RolloutStream(self), batch_size=None)
+        # a loader draws a seed for its workers, of which there are none: the global generator stays out of it
+        return DataLoader(RolloutStream(self), batch_size=None, generator=torch.Generator())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The critic has its own learning rate."""
@@ -155,83 +173,67 @@ class StagePPOTrainer(_BaseTrainer):
         return self.optimizer
 
     def collect_rollout(self, iteration: int) -> list[Trajectory]:
-        """Play this process's share of the iteration's episodes."""
-        args = self.args
+        """Play this process's share of the iteration's episodes.
+
+        Raises:
+            RolloutStopped: if a process was asked to stop.
+            RuntimeError: if the simulator spoiled all of this process's episodes, or if a process does not come.
+        """
+        args, rows, position = self.args, [], self.ledger.position
         first = iteration * args.episodes_per_iteration
-        rows = [row % len(self.train_dataset) for row in range(first, first + args.episodes_per_iteration)]
-        seeds = self.train_dataset.select(rows[args.process_index :: args.world_size])["seed"]
-        began, timing, was_training = time.perf_counter(), Timing(), self.model.training
+        seeds = [row % len(self.train_dataset) for row in range(first, first + args.episodes_per_iteration)]
+        starts = self.curriculum.starts(self.train_dataset.select(seeds)["seed"], iteration)
+
+        def write(row: dict[str, Any]) -> None:
+            rows.append({"iteration": iteration, "rank": args.process_index} | row)
+            if args.process_index == 0:
+                self.ledger.append(rows[-1])
+
+        def on_episode(trajectory: Trajectory) -> None:
+            write(episode_row(trajectory, self.plan))
+            if self._stop.requested:
+                raise RolloutStopped
+
+        timing, was_training, trajectories = Timing(), self.model.training, []
         self.model.eval()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), suppress(RolloutStopped):
             trajectories = play(
                 self.env,
                 self.policy,
-                list(seeds),
+                starts[args.process_index :: args.world_size],
                 temperature=args.temperature,
                 generator=torch.Generator().manual_seed(self.episode_seed("sample", iteration)),
                 timing=timing,
+                ignore_terminations=args.ignore_terminations,
+                on_episode=on_episode,
+                on_void=lambda start, void: write(void_row(self.env.task, start, void)),
             )
         self.model.train(was_training)
-        num_steps = sum(trajectory.num_steps for trajectory in trajectories)
-        self.env_steps += int(self._sum(num_steps))
-        self._log_rollout(trajectories, time.perf_counter() - began, timing)
+        self._rendezvous.wait()
+        if self.must_stop():
+            if args.process_index == 0:
+                self.ledger.rewind(position)
+            raise RolloutStopped
+        rows = gather_rows(self.accelerator, rows)
+        if args.process_index == 0:
+            self.ledger.append(*(row for row in rows if row["rank"] != 0))
+        self.curriculum.update(gather_rows(self.accelerator, [self.curriculum.describe(t) for t in trajectories]))
+        if not trajectories:
+            raise RuntimeError(
+                f"the simulator spoiled all episodes of process {args.process_index}, see {self.ledger.path}."
+            )
+        num_steps = sum(row["length"] for row in rows)
+        self.env_steps += num_steps
+        self._clock.end_rollout(timing, num_steps)
+        voided = sum("void" in row for row in rows)
+        self.record({"rollout/env_steps": [self.env_steps], "rollout/voided": [voided]})
+        self.record({"rollout/skipped_updates": [self._guard.skipped]})
         return trajectories
 
-    @torch.no_grad()
     def make_batch(self, trajectories: list[Trajectory]) -> dict[str, Any]:
-        """One row per decision: model inputs, old log-probabilities and values, advantages, returns, mask."""
-        args = self.args
-        weight = args.shaping_weight if args.stage_aware else 0.0
-        rewards = [
-            decision_rewards(t, self.plan, gamma=args.gamma, weight=weight, form=args.potential_form)
-            for t in trajectories
-        ]
-        features, final_features = self._critic_features(trajectories)
-        value_head = self.model.value_head
-        value_head.calibrate(features)
-        values, final_values = value_head(features).cpu(), value_head(final_features).cpu()
-        advantages, returns = advantages_and_returns(
-            trajectories,
-            rewards,
-            values,
-            final_values,
-            gae_lambda=args.gae_lambda,
-            bootstrap_on_truncation=args.bootstrap_on_truncation,
-        )
-        gathered = self.accelerator.gather_for_metrics(advantages.to(args.device)).cpu()
-        residual = (returns - values).var() / returns.var().clamp(min=1e-8)
-        self._metrics["value/explained_variance"].append(1 - residual.item())
-        self._metrics["rollout/reward_raw"].append(sum(r.raw.sum().item() for r in rewards) / len(rewards))
-        self._metrics["rollout/reward_shaped"].append(sum(r.shaped.sum().item() for r in rewards) / len(rewards))
-        return {
-            "inputs": self.policy.prepare(observations(trajectories)),
-            "trace": torch.cat([t.trace for t in trajectories]),
-            "logps": torch.cat([t.logps for t in trajectories]),
-            "mask": torch.cat([executed_tokens(t, t.trace.shape[1], self.policy.chunk_size) for t in trajectories]),
-            "features": features.cpu(),
-            "values": values,
-            "advantages": (advantages - gathered.mean()) / gathered.std().clamp(min=1e-8),
-            "returns": returns,
-        }
-
-    def _critic_features(self, trajectories: list[Trajectory]) -> tuple[Tensor, Tensor]:
-        """What the critic reads at every decision `[M, F]` and at every end `[N, F]`."""
-        device = self.args.device
-        if self.args.critic == "hidden":
-            final = self.policy.prepare(observations(trajectories, final=True))
-            # temperature and generator do not matter: only the hidden state is used
-            ends = self.policy.act(final, temperature=1.0, generator=torch.Generator().manual_seed(0)).features
-            return torch.cat([t.features for t in trajectories]).to(device), ends.to(device)
-        names, limit = self.env.signal_names, self.env.max_episode_steps
-
-        def features_at(chosen: list[Tensor]) -> Tensor:
-            signals = {
-                name: torch.cat([t.signals[name][at] for t, at in zip(trajectories, chosen, strict=True)])
-                for name in names
-            }
-            return privileged_features(signals, names, torch.cat(chosen) / limit).to(device)
-
-        return features_at([t.bounds[:-1] for t in trajectories]), features_at([t.bounds[-1:] for t in trajectories])
+        """See [`make_batch`]."""
+        self._is_first_minibatch = True
+        return make_batch(self, trajectories)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -240,34 +242,16 @@ class StagePPOTrainer(_BaseTrainer):
         args = self.args
         features = inputs["features"] if args.critic == "privileged" else None
         evaluation, values = model(inputs["inputs"], inputs["trace"], features, args.temperature)
-        policy = ppo_policy_loss(
-            evaluation.logps,
-            inputs["logps"],
-            inputs["advantages"],
-            inputs["mask"],
-            clip_range=args.clip_range,
-            level=args.ratio_level,
-            action_dim=self.policy.action_dim,
-        )
-        value_loss = ppo_value_loss(
-            values, inputs["values"], inputs["returns"], clip_range=args.value_clip_range, huber_delta=args.huber_delta
-        )
-        entropy = evaluation.entropies[inputs["mask"]].mean()
-        learns = self._policy_learns(policy.approx_kl)
-        actor = args.policy_coef * policy.loss - args.entropy_coef * entropy
-        loss = actor * learns + args.value_coef * value_loss
-        ratio = (evaluation.logps.detach() - inputs["logps"]).abs()[inputs["mask"]].max().exp()
-        measured = {
-            "policy/loss": policy.loss,
-            "policy/approx_kl": policy.approx_kl,
-            "policy/clipfrac": policy.clipfrac,
-            "policy/entropy": entropy,
-            "policy/largest_ratio": ratio,
-            "policy/updated": torch.tensor(float(learns)),
-            "value/loss": value_loss,
-        }
-        for name, value in measured.items():
-            self._metrics[name].append(value.detach().float().item())
+        terms = ppo_terms(evaluation, values, inputs, args, action_dim=self.policy.action_dim)
+        learns = self._policy_learns(terms.policy.approx_kl)
+        self._hold_policy(not learns)
+        of_tokens, of_decisions = inputs["weights"]
+        loss = of_tokens * terms.actor_loss(args) * learns + of_decisions * args.value_coef * terms.value_loss
+        self._guard.look_at(loss.detach())
+        self.record(terms.metrics() | {"policy/updated": [float(learns)]})
+        if self._is_first_minibatch:
+            self.record({"policy/first_ratio": [terms.largest_ratio.item()]})
+            self._is_first_minibatch = False
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _policy_learns(self, approx_kl: Tensor) -> bool:
@@ -281,52 +265,50 @@ class StagePPOTrainer(_BaseTrainer):
                 return False
         return True
 
+    def _hold_policy(self, hold: bool) -> None:
+        """Without a gradient momentum and weight decay would go on moving the policy; with a learning rate of 0 nothing does."""
+        if self.optimizer is not None:
+            self.optimizer.param_groups[0]["lr"] = 0.0 if hold else self.lr_scheduler.get_last_lr()[0]
+
+    def record(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Keep what was measured until the next log, which gives the mean over all processes."""
+        for name, measured in values.items():
+            self._metrics[name] += measured
+
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Play the held-out starts at the training temperature; logs `{prefix}_success_once` and `{prefix}_success_at_end`."""
+        """Play the held-out starts, from the beginning to the time limit; logs `{prefix}_success_once` and so on, see [`evaluation_counts`]."""
+        args, was_training = self.args, self.model.training
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self.model.eval()
-        trajectories = play(
-            self.env,
-            self.policy,
-            list(dataset["seed"])[self.args.process_index :: self.args.world_size],
-            temperature=self.args.temperature,
-            generator=torch.Generator().manual_seed(self.args.seed),
-            ignore_terminations=True,
-        )
-        total = self._sum(len(trajectories))
-        metrics = {
-            f"{metric_key_prefix}_{name}": self._sum(sum(getattr(t, name) for t in trajectories)) / total
-            for name in ("success_once", "success_at_end")
-        }
+        with self.accelerator.autocast():
+            trajectories = play(
+                self.env,
+                self.policy,
+                list(dataset["seed"])[args.process_index :: args.world_size],
+                temperature=args.temperature if args.eval_temperature is None else args.eval_temperature,
+                generator=torch.Generator().manual_seed(args.seed),
+                ignore_terminations=True,
+            )
+        self.model.train(was_training)
+        counts = evaluation_counts(trajectories, self.plan).items()
+        counts = {f"{metric_key_prefix}_{name}": [self._sum(count) for count in pair] for name, pair in counts}
+        metrics = {name: passed / reached for name, (passed, reached) in counts.items() if reached}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was measured since the last log."""
-        measured = {name: sum(values) / len(values) for name, values in self._metrics.items() if values}
+        """Adds what was measured since the last log, in all processes."""
+        own = [{name: (sum(values), len(values)) for name, values in self._metrics.items() if values}]
         self._metrics.clear()
-        super().log({**logs, **measured}, start_time)
-
-    def _log_rollout(self, trajectories: list[Trajectory], seconds: float, timing: Timing) -> None:
-        passed = stage_success([segment(self.plan, t.signals) for t in trajectories], len(self.plan))
-        num_steps, episodes = sum(t.num_steps for t in trajectories), len(trajectories)
-        measured = {
-            "rollout/success_once": sum(t.success_once for t in trajectories) / episodes,
-            "rollout/episode_steps": num_steps / episodes,
-            "rollout/env_steps": float(self.env_steps),
-            "time/rollout_s": seconds,
-            "time/policy_s": timing.act_s,
-            "time/env_s": timing.step_s,
-            "time/steps_per_s": num_steps / seconds,
-        }
-        for name, (k, n) in zip(self.plan.names, passed, strict=True):
-            if n:
-                measured[f"stage/{name}/success"] = k / n
-        for name, value in measured.items():
-            self._metrics[name].append(value)
+        sums: dict[str, tuple[float, int]] = {}
+        for part in gather_rows(self.accelerator, own):
+            for name, (value, count) in part.items():
+                before = sums.get(name, (0.0, 0))
+                sums[name] = (before[0] + value, before[1] + count)
+        super().log({**logs, **{name: value / count for name, (value, count) in sums.items()}}, start_time)
 
     def _sum(self, value: float) -> float:
         return self.accelerator.gather(torch.tensor([float(value)], device=self.args.device)).sum().item()
@@ -335,7 +317,22 @@ class StagePPOTrainer(_BaseTrainer):
         """The policy as a plain checkpoint, the value head beside it."""
         folder = output_dir or self.args.output_dir
         self.accelerator.unwrap_model(self.model).save(folder)
-        (Path(folder) / ROLLOUT_STATE_FILE).write_text(json.dumps({"env_steps": self.env_steps}))
+
+    def _save_run_state(self, folder: Path) -> None:
+        self.ledger.sync()
+        state = {"env_steps": self.env_steps, "ledger_bytes": self.ledger.position}
+        state["curriculum"] = self.curriculum.state_dict()
+        state |= {"skipped_updates": self._guard.skipped, "skipped_in_a_row": self._guard.in_a_row}
+        (folder / ROLLOUT_STATE_FILE).write_text(json.dumps(state))
+
+    def _load_run_state(self, folder: Path | None) -> None:
+        state = {} if folder is None else json.loads((folder / ROLLOUT_STATE_FILE).read_text())
+        self.env_steps = state.get("env_steps", 0)
+        if "curriculum" in state:
+            self.curriculum.load_state_dict(state["curriculum"])
+        self._guard.skipped, self._guard.in_a_row = state.get("skipped_updates", 0), state.get("skipped_in_a_row", 0)
+        if self.args.process_index == 0:
+            self.ledger.rewind(state.get("ledger_bytes", 0))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restore policy and critic, or raise."""
@@ -344,11 +341,10 @@ class StagePPOTrainer(_BaseTrainer):
         else:
             restore_weights(self.policy.model, resume_from_checkpoint)
         self.model.load_value_head(resume_from_checkpoint)
-        self.env_steps = json.loads((Path(resume_from_checkpoint) / ROLLOUT_STATE_FILE).read_text())["env_steps"]
+
+    def _load_best_model(self) -> None:
+        """`Trainer`'s own looks for the names of policy and critic in one file, finds none, and only warns."""
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left to [`trl_stare.evaluation.write_model_card`]: TRL's template is about text generation."""
-
-
-def _rows(value: Any, rows: Tensor) -> Any:
-    return {name: tensor[rows] for name, tensor in value.items()} if isinstance(value, dict) else value[rows]

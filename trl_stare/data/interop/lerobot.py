@@ -1,7 +1,7 @@
 """LeRobotDataset v3.0 without LeRobot: parquet for the numbers, mp4 for the images, stages as one more integer feature.
 
 LeRobot's own package cannot be installed beside current versions of TRL; its files are all that is needed. The layout is described at
-https://huggingface.co/docs/lerobot/lerobot-dataset-v3.
+https://huggingface.co/docs/lerobot/lerobot-dataset-v3; lerobot 0.4.4, in an environment of its own, has read an export.
 """
 
 from __future__ import annotations

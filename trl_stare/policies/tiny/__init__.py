@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 
 from trl_stare.policies.tiny.configuration import StareVLAConfig
 from trl_stare.policies.tiny.modeling import StareVLAForActionPrediction, StareVLAOutput
+from trl_stare.policies.tiny.policy import StareVLAPolicy
 from trl_stare.policies.tiny.processing import StareVLAImageProcessor, StareVLAProcessor
 
 AutoConfig.register(StareVLAConfig.model_type, StareVLAConfig)
@@ -16,5 +17,6 @@ __all__ = [
     "StareVLAForActionPrediction",
     "StareVLAImageProcessor",
     "StareVLAOutput",
+    "StareVLAPolicy",
     "StareVLAProcessor",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from trl_stare.policies.action_tokens import imitation_loss
 from trl_stare.policies.tiny.configuration import StareVLAConfig
 
 
@@ -157,26 +158,3 @@ class StareVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         logits = F.linear(per_value, self.lm_head.weight[self.action_token_ids])
         loss = None if labels is None else imitation_loss(logits, labels, soft_bins=config.soft_bins)
         return StareVLAOutput(loss=loss, logits=logits, features=hidden[:, 0])
-
-
-def imitation_loss(
-    logits: Tensor, labels: Tensor, *, soft_bins: float, weight: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """Cross-entropy `[N, L, num_bins]` against bins `[N, L]`, smoothed over neighbouring bins.
-
-    The mean over rows of the mean over their tokens in `mask` `[N, L]`; rows weighted by `weight` `[N]`.
-
-    The target is `softmax(-(bin - label)^2 / (2 soft_bins^2))`: a near miss costs less than a far one.
-    """
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(f"`labels` must be {tuple(logits.shape[:2])}, got {tuple(labels.shape)}.")
-    logps = F.log_softmax(logits.float(), dim=-1)
-    if soft_bins:
-        bins = torch.arange(logits.shape[-1], device=logits.device)
-        target = torch.softmax(-((bins - labels[..., None]) ** 2) / (2 * soft_bins**2), dim=-1)
-        losses = -(target * logps).sum(-1)
-    else:
-        losses = -logps.gather(-1, labels[..., None]).squeeze(-1)
-    mask = torch.ones_like(losses) if mask is None else mask.to(losses.dtype)
-    losses = (losses * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-    return losses.mean() if weight is None else (losses * weight).sum() / weight.sum()

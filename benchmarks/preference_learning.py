@@ -1,0 +1,208 @@
+"""Does preference learning raise success? StA-TPO beside TPO, from one checkpoint, on rollouts of its own.
+
+    python benchmarks/preference_learning.py --checkpoint outputs/ipi/imitation --output_dir outputs/preference_learning
+
+Plays several episodes from each start, compares them by stage (StA-TPO) and whole (TPO), trains a copy of the checkpoint on
+equally many pairs for equally many steps by each objective, and evaluates all three on the same held-out seeds.
+`results.json` holds success with Wilson 95 % intervals, stage by stage, and for each objective exact McNemar tests against
+the checkpoint, and of StA-TPO against TPO. The same command continues where it was interrupted.
+
+Some options of `StageDPOConfig` are flags, for both objectives: `--learning_rate 3e-5 --max_steps 120`; see `OPTIONS`.
+"""
+
+import json
+import logging
+import random
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from trl_stare import StageDPOConfig, StageDPOTrainer, TokenPolicy, get_plan, make_env
+from trl_stare.data import (
+    PairSet,
+    TrajectoryFolder,
+    build_pairs,
+    check_traces,
+    collect_dataset,
+    pairs_dataset,
+    validate_dataset,
+)
+from trl_stare.data.actors import policy_actor
+from trl_stare.evaluation import evaluate, mcnemar_exact, package_versions, paired, read_episodes, write_episodes
+from trl_stare.runs import claim_folder
+
+logger = logging.getLogger("preference_learning")
+
+OBJECTIVES = ("sta-tpo", "tpo-mean")
+OPTIONS = (
+    *("max_steps", "per_device_train_batch_size", "learning_rate", "step_micro_batch_size", "logging_steps"),
+    *("beta", "cost_coef", "margin_sign", "loss_type", "label_smoothing", "weight_decay", "seed"),
+)
+DEFAULTS = {"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 1.2e-5, "step_micro_batch_size": 64}
+
+
+@dataclass
+class Arguments:
+    """What is compared on what."""
+
+    checkpoint: str = field(
+        metadata={"help": "Where all begin: an imitation checkpoint that succeeds half of the time."}
+    )
+    task: str = field(default="StackCube-v1", metadata={"help": "A registered task."})
+    starts: int = field(default=150, metadata={"help": "Initial states of the rollouts."})
+    episodes_per_seed: int = field(default=6, metadata={"help": "Episodes from each."})
+    max_pairs_per_start: int = field(default=4, metadata={"help": "Most pairs of one stage from one initial state."})
+    min_cost_gap: float = field(default=0.02, metadata={"help": "Smallest difference of costs that counts."})
+    eval_episodes: int = field(default=300, metadata={"help": "Held-out episodes, seeds 0 on."})
+    first_seed: int = field(default=200_000, metadata={"help": "Seed of the first initial state."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of rollouts and evaluation."})
+    num_envs: int = field(default=16, metadata={"help": "Environments, over all worker processes."})
+
+
+def main(args: Arguments, config: StageDPOConfig) -> None:
+    """Collect, train, evaluate, write; each part once."""
+    given = vars(args) | {
+        name: getattr(config, name) for name in (*DEFAULTS, "beta", "cost_coef", "loss_type", "seed")
+    }
+    out, plan = claim_folder(config.output_dir, given, free=()), get_plan(args.task)
+    policy = TokenPolicy.from_pretrained(args.checkpoint)
+    with closing(make_env(args.task, args.num_envs, chunk_size=policy.chunk_size)) as env:
+        rollouts = collect(args, out / "rollouts", env, policy, plan)
+        play = partial(evaluated, args, config, out, env, plan)
+        results = {"settings": given, "versions": package_versions(), "metadata": env.metadata, "arms": {}}
+        results["rollouts"] = {"episodes": len(rollouts), "success_once": sum(r.success_once for r in rollouts)}
+        results["arms"]["base"] = play("base", policy)
+        pairs = equal_pairs(args, config, rollouts, plan)
+        for objective, (chosen, table) in pairs.items():
+            checkpoint = out / objective / "policy"
+            if not checkpoint.exists():
+                train(args, config, objective, out / objective, rollouts, chosen)
+            arm = {
+                "pairs": len(chosen),
+                "yield": table,
+                "training": json.loads((out / objective / "log.json").read_text()),
+            }
+            results["arms"][objective] = play(objective, TokenPolicy.from_pretrained(checkpoint)) | arm
+    results["mcnemar"] = compare(out)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    logger.info("%s", summary(results))
+
+
+def collect(args: Arguments, folder: Path, env: Any, policy: TokenPolicy, plan: Any) -> TrajectoryFolder:
+    """Rollouts of the checkpoint, checked, on disk and without their images in memory."""
+    count = args.starts * args.episodes_per_seed
+    with tqdm(total=count, desc="rollouts", unit="episode") as bar:
+        collect_dataset(
+            env,
+            lambda generator: policy_actor(policy, temperature=args.temperature, generator=generator),
+            folder,
+            plan,
+            episodes=count,
+            episodes_per_seed=args.episodes_per_seed,
+            first_seed=args.first_seed,
+            name=args.checkpoint,
+            settings={"temperature": args.temperature},
+            on_open=lambda done: bar.update(min(done, count)),
+            on_episode=lambda _: bar.update(),
+        )
+    validate_dataset(folder)
+    rollouts = TrajectoryFolder(folder)
+    check_traces(rollouts, policy)
+    return rollouts
+
+
+def equal_pairs(args: Arguments, config: StageDPOConfig, rollouts: TrajectoryFolder, plan: Any) -> dict[str, PairSet]:
+    """Objective -> pairs and yield; of the objective with more of them a random choice, so that both have equally many."""
+    slim = TrajectoryFolder(rollouts.folder, images=False)
+    made = {
+        objective: build_pairs(
+            slim,
+            plan,
+            objective=objective,
+            min_cost_gap=args.min_cost_gap,
+            max_pairs_per_start=args.max_pairs_per_start,
+            seed=config.seed,
+        )
+        for objective in OBJECTIVES
+    }
+    budget, chooser = min(len(found.pairs) for found in made.values()), random.Random(config.seed)
+    if budget == 0:
+        raise SystemExit("preference_learning: an objective has no pairs. Play more starts or more episodes per seed.")
+    return {
+        objective: PairSet(
+            tuple(found.pairs[i] for i in sorted(chooser.sample(range(len(found.pairs)), budget))), found.yield_table
+        )
+        for objective, found in made.items()
+    }
+
+
+def train(
+    args: Arguments, config: StageDPOConfig, objective: str, out: Path, rollouts: TrajectoryFolder, pairs: tuple
+) -> None:
+    """A copy of the checkpoint on these pairs; `out/policy` is there when all is."""
+    policy = TokenPolicy.from_pretrained(args.checkpoint)
+    options = {name: getattr(config, name) for name in OPTIONS}
+    trainer = StageDPOTrainer(
+        policy,
+        StageDPOConfig(str(out / "training"), objective=objective, save_strategy="no", report_to="none", **options),
+        pairs_dataset(rollouts, pairs, file=out / "rows" / "pairs.arrow"),
+    )
+    trainer.train()
+    (out / "log.json").write_text(json.dumps(trainer.state.log_history))
+    policy.save_pretrained(out / "policy.new")
+    (out / "policy.new").rename(out / "policy")
+
+
+def evaluated(
+    args: Arguments, config: StageDPOConfig, out: Path, env: Any, plan: Any, name: str, policy: TokenPolicy
+) -> dict[str, Any]:
+    """The arm's result on the held-out seeds, played once and kept."""
+    file = out / f"{name}.json"
+    if not file.exists():
+        starts = range(args.first_seed, args.first_seed + args.starts)
+        result, episodes = evaluate(
+            policy,
+            env,
+            plan,
+            range(args.eval_episodes),
+            temperature=args.temperature,
+            seed=config.seed,
+            train_seeds=starts,
+        )
+        write_episodes(out / f"{name}.jsonl", episodes)
+        file.write_text(json.dumps(result.to_dict()))
+    return json.loads(file.read_text())
+
+
+def compare(out: Path) -> dict[str, dict[str, float]]:
+    """Exact McNemar tests, `success_once` on the same seeds; `gain` in percentage points."""
+    tests = {}
+    for before, after in (("base", "sta-tpo"), ("base", "tpo-mean"), ("tpo-mean", "sta-tpo")):
+        a, b = paired(*(read_episodes(out / f"{name}.jsonl") for name in (before, after)))
+        gain = 100 * (sum(b) - sum(a)) / len(a)
+        tests[f"{after} against {before}"] = mcnemar_exact(a, b)._asdict() | {"gain": gain}
+    return tests
+
+
+def summary(results: dict[str, Any]) -> str:
+    """A line per arm and per test."""
+    lines = []
+    for name, arm in results["arms"].items():
+        low, high = arm["success_once_ci95"]
+        interval = f"{100 * arm['success_once']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        lines.append(f"{name}: success once {interval}, n = {arm['n_episodes']}")
+    for name, test in results["mcnemar"].items():
+        lines.append(f"{name}: {test['b_only']} to {test['a_only']} episodes, p = {test['p_value']:.3g}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = HfArgumentParser((Arguments, StageDPOConfig))
+    parser.set_defaults(**DEFAULTS)
+    main(*parser.parse_args_into_dataclasses())

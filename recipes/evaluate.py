@@ -1,0 +1,202 @@
+"""Evaluate any policy on any task or suite: `eval_info.json`, a row per episode, videos, a table.
+
+    python recipes/evaluate.py --model outputs/ipi/interaction --task StackCube-v1 --episodes 300 --output_dir outputs/eval/ipi
+    python recipes/evaluate.py --model user/my-vla --suite simpler_widowx --seed 0 1 2 --output_dir outputs/eval/widowx
+    python recipes/evaluate.py --model expert --suite PushCube-v1,PullCube-v1 --output_dir outputs/eval/expert
+
+Interrupt it whenever you like: every finished episode is kept, and the same command continues. The same command on the same
+machine gives the same bytes; times are in `timing.json`, apart from the results. See docs/evaluation.md.
+"""
+
+import json
+import logging
+import shutil
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from trl import TrlParser
+
+from trl_stare import get_plan, make_env
+from trl_stare.actors import NamedActor, load_actor
+from trl_stare.envs import get_simulated_task
+from trl_stare.evaluation import (
+    RULES,
+    PlayedEpisode,
+    PolicySource,
+    build_eval_info,
+    eval_results,
+    eval_table,
+    film_episode,
+    held_out_starts,
+    play_in_blocks,
+    publish_results,
+    read_played,
+    resolve_policy,
+    suite_tasks,
+    task_metrics,
+    write_eval_info,
+    write_played,
+)
+from trl_stare.runs import Stopwatch, claim_folder
+from trl_stare.tasks import import_tasks
+
+logger = logging.getLogger("evaluate")
+
+FREE = ("output_dir", "push", "task_module", "model")
+"""May differ when an evaluation is continued; the files of `model` may not."""
+
+
+@dataclass
+class EvaluateArguments:
+    """Whom to evaluate, on what."""
+
+    model: str = field(metadata={"help": "A checkpoint (folder or Hub id), 'expert' or 'random'."})
+    output_dir: str = field(metadata={"help": "Where everything goes."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
+    task: str | None = field(default=None, metadata={"help": "A registered task."})
+    suite: str | None = field(
+        default=None, metadata={"help": "'simpler_widowx', 'maniskill_panda', or tasks with commas between them."}
+    )
+    episodes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of each task and seed; default all configurations where a task has a list of them, else 100."
+        },
+    )
+    seed: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "One or several, from 0 on. Each has its own held-out starts and its own sampling."},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of a checkpoint; 0 is greedy."})
+    success_rule: str = field(
+        default="success_once", metadata={"help": f"What `pc_success` counts: {', '.join(RULES)}."}
+    )
+    videos: int = field(default=1, metadata={"help": "Successes and failures to film, of each task."})
+    num_envs: int = field(default=8, metadata={"help": "Environments, over all worker processes."})
+    num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default one per core."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels; default a checkpoint's, or the task's own."}
+    )
+    visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
+    push: bool = field(
+        default=False, metadata={"help": "Put the results into the model card: the Hub's, or the folder's README.md."}
+    )
+    task_module: str | None = field(
+        default=None, metadata={"help": "Module, or its file, that registers tasks of your own."}
+    )
+
+    def __post_init__(self):
+        if (self.task is None) == (self.suite is None):
+            raise ValueError(f"one of `task` and `suite` must be given, got {self.task!r} and {self.suite!r}.")
+        if self.success_rule not in RULES:
+            raise ValueError(f"`success_rule` must be one of {', '.join(RULES)}, got {self.success_rule!r}.")
+        if len(set(self.seed)) != len(self.seed) or min(self.seed) < 0:
+            raise ValueError(f"`seed` must be different numbers from 0 on, got {self.seed}.")
+        if self.videos < 0 or self.num_envs < 1:
+            raise ValueError(f"`videos` must be >= 0 and `num_envs` >= 1, got {self.videos} and {self.num_envs}.")
+        if self.push and self.model in ("expert", "random"):
+            raise ValueError(f"`push` needs a model with a card, got {self.model!r}.")
+
+
+def main(args: EvaluateArguments) -> None:
+    """Task by task; what is there already is not played again."""
+    import_tasks(args.task_module)
+    tasks = suite_tasks(args.suite) if args.suite else (args.task,)
+    starts = {
+        task: {
+            seed: held_out_starts(seed, args.episodes, get_simulated_task(task).configurations) for seed in args.seed
+        }
+        for task in tasks
+    }
+    source = resolve_policy(args.model, args.revision)
+    actors = {task: load_actor(source.location, task, temperature=args.temperature) for task in tasks}
+    out = claim_folder(args.output_dir, asdict(args) | {"policy": source.to_dict()}, free=FREE)
+    watch, episodes, metrics = Stopwatch(out / "timing.json"), {}, {}
+    for task in tasks:
+        with watch(task):
+            episodes[task], metrics[task] = evaluate_task(args, source, actors[task], task, starts[task])
+    settings = {
+        "success_rule": args.success_rule,
+        "temperature": args.temperature if source.files else None,
+        "seed": args.seed,
+        "num_envs": args.num_envs,
+    }
+    info = build_eval_info(
+        policy=source.to_dict(),
+        settings=settings,
+        group=args.suite or args.task,
+        episodes=episodes,
+        metrics=metrics,
+    )
+    write_eval_info(out, info)
+    logger.info("%s\n\nwritten to %s", eval_table(info), out)
+    if args.push:
+        logger.info("model card: %s", publish_results(args.model, eval_results(info)))
+
+
+def evaluate_task(
+    args: EvaluateArguments, source: PolicySource, actor: NamedActor, task: str, starts: dict[int, range]
+) -> tuple[list[PlayedEpisode], dict[str, Any]]:
+    """Rows and metrics of one task."""
+    out, plan = Path(args.output_dir), get_plan(task)
+    file, blocks = out / "episodes" / f"{task}.parquet", out / "episodes" / f".{task}"
+    found = file.with_suffix(".json")  # written last
+    if found.exists():
+        return read_played(file), json.loads(found.read_text())
+    env = make_env(
+        task,
+        args.num_envs,
+        num_workers=args.num_workers,
+        chunk_size=actor.chunk_size,
+        image_size=args.image_size or actor.image_size,
+        visuals=args.visuals,
+    )
+    name, rows, solved = Path(source.name).name, [], []
+    with closing(env), ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=sum(map(len, starts.values())), desc=task, unit="episode"))
+        film = Film(args, task, stack)
+        for seed, chosen in starts.items():
+            rows += play_in_blocks(
+                env, actor.make, plan, chosen, blocks, seed=seed, name=name,
+                on_episode=partial(show, bar, solved), on_block=film,
+            )  # fmt: skip
+        environment = env.metadata | {"num_parts": len(env.parts)}
+    videos = [path.relative_to(out).as_posix() for path in sorted((out / "videos" / task).glob("*.mp4"))]
+    metrics = task_metrics(rows, plan.names, rule=args.success_rule, environment=environment, videos=videos)
+    write_played(file, rows)
+    found.write_text(json.dumps(metrics))
+    shutil.rmtree(blocks)
+    return rows, metrics
+
+
+def show(bar: tqdm, solved: list[bool], episode: PlayedEpisode) -> None:
+    """Move the progress bar on."""
+    solved.append(episode.result.success_once)
+    bar.set_postfix_str(f"success_once {100 * sum(solved) / len(solved):.0f} %", refresh=False)
+    bar.update()
+
+
+class Film:
+    """Films the first `videos` successes and failures of a task, every step, in a larger picture with the stage on it."""
+
+    def __init__(self, args: EvaluateArguments, task: str, stack: ExitStack):
+        self.args, self.task, self.stack, self.camera = args, task, stack, None
+        self.folder = Path(args.output_dir) / "videos" / task
+
+    def __call__(self, trajectories: list) -> None:
+        for trajectory in trajectories:
+            outcome = "success" if trajectory.success_once else "failure"
+            if len(list(self.folder.glob(f"*_{outcome}_*.mp4"))) < self.args.videos:
+                if self.camera is None:
+                    env = make_env(self.task, 1, chunk_size=1, image_size=256, visuals=self.args.visuals)
+                    self.camera = self.stack.enter_context(closing(env))
+                film_episode(self.camera, trajectory, get_plan(self.task), self.folder)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(TrlParser(EvaluateArguments).parse_args_and_config()[0])

@@ -1,0 +1,170 @@
+"""StA-PPO in the simulator, for any checkpoint: one process or many.
+
+    accelerate launch recipes/ppo.py --model outputs/ipi/preference --output_dir outputs/ppo --num_train_epochs 20
+    accelerate launch recipes/ppo.py --config recipes/configs/ppo_smoke.yaml --output_dir outputs/ppo_smoke
+    accelerate launch --config_file recipes/accelerate/cpu2.yaml recipes/ppo.py --config recipes/configs/ppo_smoke.yaml
+
+Every field of `StagePPOConfig` is a flag (`--stage_aware False` is plain PPO), or a line of a file given as `--config FILE`. The
+same command with the same `--output_dir` continues where it stopped: killed at any moment, the run ends with the same weights.
+The trained policy is in `OUTPUT_DIR/policy`, with its evaluation on its card; the episodes it learned from are listed in
+`OUTPUT_DIR/episodes.jsonl`.
+"""
+
+import logging
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import set_seed
+from trl import TrlParser
+
+from trl_stare import (
+    StagePPOConfig,
+    StagePPOTrainer,
+    StageSFTConfig,
+    StageSFTTrainer,
+    TokenPolicy,
+    evaluate,
+    get_plan,
+    make_env,
+)
+from trl_stare.data import demonstrate_successes, load_trajectories, save_trajectories
+from trl_stare.envs import get_simulated_task
+from trl_stare.evaluation import write_episodes, write_model_card
+from trl_stare.policies import norm_stats
+from trl_stare.tasks import import_tasks
+from trl_stare.trainers import preset_fields
+
+logger = logging.getLogger("ppo")
+
+# Every use of a seed has a range of its own, as in recipes/ipi.py: nothing that is evaluated was ever trained on.
+EVAL_SEEDS, DEMO_SEEDS, TRAIN_SEEDS = 0, 100_000, 300_000
+
+
+@dataclass
+class PPOArguments:
+    """What to train where; how is said by `StagePPOConfig`."""
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint to start from (folder or Hub id)."})
+    demonstrations: int = field(
+        default=0, metadata={"help": "Without `model`: a new small VLA that has imitated so many demonstrations."}
+    )
+    imitation: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of StageSFTConfig for that imitation."}
+    )
+    task: str = field(default="StackCube-v1", metadata={"help": "A registered task."})
+    task_module: str | None = field(default=None, metadata={"help": "Module or .py file of your own task."})
+    preset: str | None = field(
+        default=None, metadata={"help": "Named settings below the file and the flags: 'rl4vla-7b' or 'small-cpu'."}
+    )
+    unnorm_key: str | None = field(
+        default=None, metadata={"help": "Which of the checkpoint's statistics; not needed where there is one."}
+    )
+    num_envs: int = field(default=16, metadata={"help": "Environments of each process, over its workers."})
+    num_workers: int | None = field(default=None, metadata={"help": "Workers of each process; default one per core."})
+    image_size: int = field(default=64, metadata={"help": "Pixels of the policy's image."})
+    chunk_size: int = field(default=4, metadata={"help": "Steps per decision of a new small VLA."})
+    visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
+    num_starts: int = field(default=100_000, metadata={"help": "Episode starts to train on, taken in order."})
+    eval_episodes: int = field(default=100, metadata={"help": "Held-out episodes of the final evaluation."})
+
+    def __post_init__(self):
+        if (self.model is None) == (self.demonstrations < 1):
+            raise ValueError(
+                f"one of `model` and `demonstrations` must be given, got {self.model!r} and {self.demonstrations}."
+            )
+
+
+def main(args: PPOArguments, config: StagePPOConfig) -> None:
+    """Train, save, evaluate."""
+    import_tasks(args.task_module)
+    plan, out = get_plan(args.task), Path(config.output_dir)
+    if args.model is None:
+        if not (out / "initial").exists():
+            imitate(args, config, plan)
+    set_seed(config.seed)
+    policy = TokenPolicy.from_pretrained(args.model or out / "initial", args.unnorm_key)
+    starts = Dataset.from_dict({"seed": range(TRAIN_SEEDS, TRAIN_SEEDS + args.num_starts)})
+    held_out = Dataset.from_dict({"seed": range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes)})
+    with closing(make(args, policy.chunk_size)) as env:
+        trainer = StagePPOTrainer(policy, config, env, plan, starts, held_out)
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or True)
+        if trainer.is_finished:
+            trainer.save_model(str(out / "policy"))
+            if trainer.is_world_process_zero():
+                report(args, config, trainer)
+    trainer.end()
+
+
+def imitate(args: PPOArguments, config: StagePPOConfig, plan: Any) -> None:
+    """`initial`: a small VLA, new but for having imitated a few scripted demonstrations, which also give its statistics."""
+    out, state = Path(config.output_dir), PartialState()
+    if state.is_main_process and not (out / "demonstrations").exists():
+        with closing(make(args, chunk_size=1)) as env:
+            expert = get_simulated_task(args.task).demonstrate
+            shown = demonstrate_successes(env, expert, args.demonstrations, first_seed=DEMO_SEEDS)
+            save_trajectories(shown, out / "demonstrations", plan, metadata=env.metadata)
+    state.wait_for_everyone()
+    shown = load_trajectories(out / "demonstrations")
+    stats = norm_stats(torch.cat([d.labels for d in shown]), torch.cat([d.state for d in shown]))
+    set_seed(config.seed)
+    policy = TokenPolicy.create_tiny({args.task: stats}, image_size=args.image_size, chunk_size=args.chunk_size)
+    given = {"save_strategy": "no", "report_to": "none", "use_cpu": config.use_cpu, "seed": config.seed}
+    trainer = StageSFTTrainer(policy, StageSFTConfig(str(out / "imitation"), **given | args.imitation), shown, plan)
+    trainer.train()
+    trainer.save_model(str(out / "imitation"))
+    if state.is_main_process:
+        (out / "imitation").rename(out / "initial")  # there whole or not at all
+    state.wait_for_everyone()
+
+
+def report(args: PPOArguments, config: StagePPOConfig, trainer: StagePPOTrainer) -> None:
+    """Evaluate the policy as it loads, and write its card."""
+    env, folder = trainer.env, Path(config.output_dir) / "policy"
+    result, episodes = evaluate(
+        TokenPolicy.from_pretrained(folder, args.unnorm_key), env, trainer.plan, trainer.eval_dataset["seed"],
+        temperature=config.temperature, seed=config.seed, train_seeds=trainer.train_dataset["seed"],
+    )  # fmt: skip
+    wall_s = trainer.state.log_history[-1].get("train_runtime", 0.0)
+    write_episodes(folder / "evaluation.jsonl", episodes)
+    write_model_card(
+        folder,
+        phase="interaction",
+        result=result.for_phase(checkpoint="policy", env_steps=trainer.env_steps, wall_s=wall_s),
+        task=args.task,
+        visuals=env.metadata["visuals"],
+        started_from=args.model or f"a small VLA that imitated {args.demonstrations} scripted demonstrations",
+        usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
+    )
+    logger.info("success_once %.3f of %d held-out episodes", result.success_once, len(episodes))
+
+
+def make(args: PPOArguments, chunk_size: int) -> Any:
+    """The task's environments."""
+    return make_env(
+        args.task,
+        args.num_envs,
+        num_workers=args.num_workers,
+        chunk_size=chunk_size,
+        image_size=args.image_size,
+        visuals=args.visuals,
+    )
+
+
+def parse() -> tuple[PPOArguments, StagePPOConfig]:
+    """`--config FILE`, flags over it, and the preset below both."""
+    parser = TrlParser((PPOArguments, StagePPOConfig))
+    args, config = parser.parse_args_and_config()
+    if args.preset is not None:
+        parser.set_defaults(**preset_fields(args.preset))
+        args, config = parser.parse_args_and_config()
+    return args, config
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(*parse())

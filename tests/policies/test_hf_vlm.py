@@ -1,0 +1,226 @@
+"""Tiny random models of transformers' real classes as VLAs: appended action tokens and reused rows."""
+
+import pytest
+import torch
+from openvla_toy import OPENVLA_STATS, make_obs
+from transformers import (
+    AutoModelForImageTextToText,
+    BatchFeature,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    SiglipImageProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
+
+from trl_stare.policies import HFVLMPolicy
+from trl_stare.policies.conformance import PolicyConformance
+from trl_stare.policies.tiny.processing import build_tokenizer
+
+TEXT = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_use_head": False,
+    "initializer_range": 0.2,
+}
+IMAGE = 511
+QWEN_TEXT = {k: v for k, v in TEXT.items() if k != "head_dim"} | {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+}
+QWEN_VISION = {
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "out_hidden_size": 48,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "fullatt_block_indexes": [1],
+    "window_size": 56,
+}
+
+
+class Processor:
+    """What a model's own processor does, without its tokenizer's files: bytes, left padding, placeholders first."""
+
+    def __init__(self, kind: str, placeholders: int):
+        self.kind, self.placeholders = kind, placeholders
+
+    def __call__(self, images, text, padding, padding_side, return_tensors):
+        assert padding and padding_side == "left" and return_tensors == "pt" and len(images) == len(text)
+        rows = [[1, *[IMAGE] * self.placeholders, *(3 + b for b in t.encode())] for t in text]
+        length = max(map(len, rows))
+        ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+        stride = 1 if self.kind == "qwen" else 2
+        pixels = torch.stack([torch.from_numpy(image[0][::stride, ::stride].copy()) for image in images])
+        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        data = {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}
+        if self.kind == "smolvlm":
+            data["pixel_values"] = pixels[:, None]
+        if self.kind == "paligemma":
+            data["token_type_ids"] = torch.zeros_like(ids)
+        if self.kind == "qwen":
+            # [patches, channels * 2 frames * 14 * 14], all images below each other
+            patches = pixels.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+            data["pixel_values"] = patches[:, :, None].repeat(1, 1, 2, 1, 1).flatten(1)
+            data["image_grid_thw"] = torch.tensor([[1, 4, 4]] * len(text))
+            data["mm_token_type_ids"] = (ids == IMAGE).long()
+        return BatchFeature(data)
+
+    def save_pretrained(self, folder):
+        pass
+
+
+def make_llava():
+    config = {"text_config": {"model_type": "llama", **TEXT}, "image_token_index": IMAGE, "image_seq_length": 4}
+    vision = {"model_type": "siglip_vision_model", **VISION}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, vision_feature_select_strategy="full", **config)
+    )
+
+
+def make_smolvlm():
+    config = {"text_config": {"model_type": "llama", **TEXT}, "vision_config": VISION, "scale_factor": 2}
+    return SmolVLMForConditionalGeneration(SmolVLMConfig(image_token_id=IMAGE, pad_token_id=0, **config))
+
+
+def make_paligemma():
+    config = {"text_config": {"model_type": "gemma", **TEXT}, "projection_dim": 48, "image_token_id": IMAGE}
+    vision = {"model_type": "siglip_vision_model", **VISION}
+    return PaliGemmaForConditionalGeneration(PaliGemmaConfig(vision_config=vision, **config))
+
+
+def make_qwen():
+    special = {
+        "image_token_id": IMAGE,
+        "video_token_id": 510,
+        "vision_start_token_id": 509,
+        "vision_end_token_id": 508,
+    }
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=QWEN_TEXT, vision_config=QWEN_VISION, **special)
+    )
+
+
+def make_policy(make_model, kind: str, placeholders: int) -> HFVLMPolicy:
+    torch.manual_seed(0)
+    ids = list(range(499, 243, -1))  # 256 reused rows, the lowest bin last, as in OpenVLA
+    settings = {"norm_stats": OPENVLA_STATS, "prompt": "{instruction}:", "action_token_ids": ids}
+    return HFVLMPolicy.create(make_model().eval(), Processor(kind, placeholders), **settings)
+
+
+class HFConformance(PolicyConformance):
+    image_size, images_stay_uint8 = 56, False
+
+    def load(self, policy, folder):
+        model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        return HFVLMPolicy(model, policy.processor)
+
+
+class TestLlava(HFConformance):
+    @pytest.fixture(scope="class")
+    def policy(self):
+        return make_policy(make_llava, "llava", 4)
+
+
+class TestSmolVLM(HFConformance):
+    @pytest.fixture(scope="class")
+    def policy(self):
+        return make_policy(make_smolvlm, "smolvlm", 1)
+
+
+class TestPaliGemma(HFConformance):
+    @pytest.fixture(scope="class")
+    def policy(self):
+        return make_policy(make_paligemma, "paligemma", 4)
+
+
+class TestQwen25VL(HFConformance):
+    @pytest.fixture(scope="class")
+    def policy(self):
+        return make_policy(make_qwen, "qwen", 4)
+
+
+class TestLlavaWithItsOwnProcessorAndAppendedTokens(PolicyConformance):
+    """Everything real, chunks of two steps: what `create` made is found again by `TokenPolicy.from_pretrained`."""
+
+    image_size, images_stay_uint8 = 56, False
+
+    @pytest.fixture(scope="class")
+    def policy(self):
+        torch.manual_seed(0)
+        tokenizer = build_tokenizer(0, 0)
+        model = make_llava()
+        model.config.image_token_id = model.config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+        processor = LlavaProcessor(
+            image_processor=SiglipImageProcessor(size={"height": 28, "width": 28}),
+            tokenizer=tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="full",
+            image_token="<image>",
+        )
+        return HFVLMPolicy.create(
+            model.eval(),
+            processor,
+            norm_stats=OPENVLA_STATS,
+            prompt="<s><image>{instruction}",
+            num_bins=21,
+            chunk_size=2,
+        )
+
+    def test_tokens_were_appended(self, policy):
+        ids = policy.processor.tokenizer.convert_tokens_to_ids(["<action_0>", "<action_20>"])
+        assert policy.action_token_ids[[0, -1]].tolist() == ids and policy.num_tokens == 14
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"action_token_ids": [1, 1]}, "must be 2 distinct ids"),
+        ({"action_token_ids": [1, 512]}, "2 distinct ids below 512"),
+        ({"prompt": "act"}, "must hold `{instruction}`"),
+        ({"norm_stats": {}}, "must hold action statistics"),
+    ],
+)
+def test_bad_maps_are_refused(change, message):
+    settings = {"norm_stats": OPENVLA_STATS, "prompt": "{instruction}", "action_token_ids": [1, 2]} | change
+    with pytest.raises(ValueError, match=message):
+        HFVLMPolicy.create(make_llava(), Processor("llava", 4), **settings)
+
+
+def test_a_model_that_was_not_made_a_vla_is_refused():
+    with pytest.raises(ValueError, match="Use `HFVLMPolicy.create`"):
+        HFVLMPolicy(make_llava(), Processor("llava", 4))
+
+
+def test_image_tokens_cannot_be_truncated():
+    policy = make_policy(make_llava, "llava", 4)
+    inputs = policy.prepare(make_obs("stack"))
+    with pytest.raises(ValueError, match="at most 249 tokens, got 301"):
+        policy.prepare(make_obs("s" * 295))
+    short = inputs | {name: inputs[name][:, 2:] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="tokens"):
+        policy.act(short, temperature=0.0)
+    lost = make_policy(make_llava, "llava", 0)
+    with pytest.raises(ValueError, match=r"placeholders in every row, got \[0\]"):
+        lost.prepare(make_obs("stack"))

@@ -1,0 +1,96 @@
+"""`evaluate.py` and `compare.py` with a checkpoint on the real simulator: once as a user runs them, else in this process."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from trl_stare.evaluation import file_digests, read_played
+from trl_stare.policies import TokenPolicy
+
+ROOT = Path(__file__).parents[2]
+TASK = "PushCube-v1"
+
+
+def run(recipe: str, *args: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, f"recipes/{recipe}.py", *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def load(recipe: str):
+    spec = importlib.util.spec_from_file_location(f"recipe_{recipe}", ROOT / "recipes" / f"{recipe}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(monkeypatch, recipe: str, *args: object) -> None:
+    """The same without a process of its own, which takes seconds to import."""
+    module = load(recipe)
+    monkeypatch.setattr(sys, "argv", [recipe, *map(str, args)])
+    module.main(module.TrlParser(module.EvaluateArguments).parse_args_and_config()[0])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    stats = {
+        "action": {"scale": [0.7, 0.7, 0.7, 1.0, 1.0, 1.0, 1.0]},
+        "state": {"mean": [0.0] * 8, "std": [1.0] * 8},
+    }
+    folder = tmp_path_factory.mktemp("model")
+    TokenPolicy.create_tiny({TASK: stats}, image_size=16, chunk_size=5).save_pretrained(str(folder))
+    return folder
+
+
+def test_the_same_command_gives_the_same_bytes_and_no_difference(checkpoint, tmp_path, monkeypatch):
+    flags = ["--model", checkpoint, "--task", TASK, "--episodes", 2, "--seed", 3, 1, "--num_envs", 2]
+    flags += ["--num_workers", 1, "--videos", 0]
+    digests = file_digests(checkpoint)
+    done = run("evaluate", *flags, "--output_dir", tmp_path / "a")
+    assert done.returncode == 0, done.stderr[-2000:]
+    call(monkeypatch, "evaluate", *flags, "--push", "true", "--output_dir", tmp_path / "b")
+    for file in ("eval_info.json", "eval_info.md", f"episodes/{TASK}.parquet"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+    info = json.loads((tmp_path / "a" / "eval_info.json").read_text())
+    assert info["policy"] == {"name": str(checkpoint), "revision": None, "files": digests}
+    assert "model.safetensors" in digests and file_digests(checkpoint) == digests, "the card does not count"
+    metrics = info["per_task"][0]["metrics"]
+    assert metrics["eval_seeds"] == {"3": "6-7", "1": "2-3"} and metrics["n_episodes"] == 4
+    assert metrics["environment"]["sim_backend"] == "physx_cpu" and info["settings"]["temperature"] == 1.0
+    rows = read_played(tmp_path / "a" / "episodes" / f"{TASK}.parquet")
+    assert [row.result.seed for row in rows] == [6, 7, 2, 3] and rows[0].final_image.startswith(b"\x89PNG")
+    results = ModelCard.load(checkpoint / "README.md").data.eval_results
+    assert [(r.dataset_type, r.metric_type) for r in results] == [(TASK, "success_once"), (TASK, "success_at_end")]
+
+    recipe = load("compare")
+    monkeypatch.setattr(
+        sys, "argv", ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "ab.md")]
+    )
+    recipe.main(recipe.parse())
+    assert "not distinguishable at n = 4, and no difference was seen" in (tmp_path / "ab.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "expert"], "one of `task` and `suite` must be given"),
+        (["--model", "expert", "--task", TASK, "--success_rule", "x"], "`success_rule` must be one of"),
+        (["--model", "no/such/folder", "--task", TASK], "there is no such folder"),
+    ],
+)
+def test_bad_flags(flags, message, tmp_path, monkeypatch):
+    with pytest.raises((ValueError, OSError), match=message):
+        call(monkeypatch, "evaluate", *flags, "--output_dir", tmp_path)

@@ -1,0 +1,95 @@
+"""recipes/ppo.py with its smoke configuration: the launch line as documented, killed and continued, in one and two processes."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from trl import TrlParser
+
+from trl_stare import StagePPOConfig, TokenPolicy
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "recipes" / "configs" / "ppo_smoke.yaml"
+CPU2 = ROOT / "recipes" / "accelerate" / "cpu2.yaml"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("ppo_recipe", ROOT / "recipes" / "ppo.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(recipe, *flags: str):
+    return TrlParser((recipe.PPOArguments, StagePPOConfig)).parse_args_and_config(
+        args=["--config", str(SMOKE), *flags]
+    )
+
+
+def test_the_smoke_configuration_and_flags_over_it(recipe):
+    args, config = parse(recipe, "--learning_rate", "1e-3", "--stage_aware", "False")
+    assert (args.task, config.num_train_epochs, config.save_strategy.value) == ("StackCube-v1", 3, "epoch")
+    assert (config.learning_rate, config.stage_aware) == (1e-3, False)
+
+
+@pytest.mark.parametrize("flags", [("--model", "outputs/policy"), ("--demonstrations", "0")])
+def test_a_checkpoint_or_demonstrations_but_not_both(recipe, flags):
+    with pytest.raises(ValueError, match="one of `model` and `demonstrations` must be given"):
+        parse(recipe, *flags)
+
+
+def launch(out: Path, processes: int) -> subprocess.Popen:
+    """The documented line, in a group of its own."""
+    line = [sys.executable, "-m", "accelerate.commands.launch"]
+    line += ["--config_file", str(CPU2)] if processes == 2 else []
+    line += ["recipes/ppo.py", "--config", str(SMOKE), "--output_dir", str(out), "--num_workers", "1"]
+    with out.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(
+            line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def wait_for(path: Path, process: subprocess.Popen, lines: int = 0) -> None:
+    """Until `path` is there, with so many lines."""
+    while not path.exists() or (lines and len(path.read_text().splitlines()) < lines):
+        assert process.poll() is None, path
+        time.sleep(0.02)
+
+
+def history_of(checkpoint: Path) -> list[dict[str, float]]:
+    entries = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [{name: value for name, value in entry.items() if not name.startswith("time/")} for entry in entries]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_in_rollout_update_and_saving_the_smoke_run_ends_the_same(tmp_path, processes):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert launch(whole, processes).wait(1800) == 0, whole.with_suffix(".log").read_text()[-3000:]
+    # within the first rollout; while the second iteration's update runs; as the second checkpoint is begun
+    for path, lines in ((killed / "episodes.jsonl", 3), (killed / "episodes.jsonl", 32), (killed / ".saving", 0)):
+        process = launch(killed, processes)
+        wait_for(path, process, lines)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert launch(killed, processes).wait(1800) == 0, killed.with_suffix(".log").read_text()[-3000:]
+
+    assert (whole / "episodes.jsonl").read_text() == (killed / "episodes.jsonl").read_text()
+    assert len((whole / "episodes.jsonl").read_text().splitlines()) == 48
+    assert history_of(whole / "checkpoint-24") == history_of(killed / "checkpoint-24")
+    for name in ("model.safetensors", "value_head.safetensors"):
+        assert (whole / "policy" / name).read_bytes() == (killed / "policy" / name).read_bytes()
+    first, last = (load_file(folder / "model.safetensors") for folder in (whole / "initial", whole / "policy"))
+    assert any((first[name] != last[name]).any() for name in first), "nothing was trained"
+    assert TokenPolicy.from_pretrained(killed / "policy").chunk_size == 4
+    assert "success_once" in (killed / "policy" / "README.md").read_text()

@@ -1,0 +1,71 @@
+"""Which weights exactly: the revision of a checkpoint and the digests of its files."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+BY_NAME = ("expert", "random")
+"""Actors that have no files."""
+SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py")
+"""What a policy is made of. Cards, logs and training states do not decide how it acts."""
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """Where a policy comes from.
+
+    Args:
+        name (`str`): as the user gave it.
+        location (`str`): what loads it: a local folder, or one of `BY_NAME`.
+        revision (`str` or `None`): commit on the Hub; `None` for local ones.
+        files (`dict[str, str]`): file name -> SHA-256, of the files at the top of the checkpoint.
+    """
+
+    name: str
+    location: str
+    revision: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `eval_info.json` says of the policy."""
+        return {"name": self.name, "revision": self.revision, "files": self.files}
+
+
+def resolve_policy(model: str, revision: str | None = None) -> PolicySource:
+    """Find a checkpoint, download it if it is on the Hub, and take the digests of its files.
+
+    Args:
+        model (`str`): a local folder, a Hub id, `"expert"` or `"random"`.
+        revision (`str`, *optional*): branch, tag or commit of a Hub id.
+
+    Raises:
+        ValueError: if `revision` is given for something that is not on the Hub.
+        OSError: if there is no such checkpoint.
+    """
+    if model in BY_NAME or Path(model).is_dir():
+        if revision is not None:
+            raise ValueError(f"`revision` must be of a model on the Hub, got {revision!r} for {model!r}.")
+        return PolicySource(model, model, files={} if model in BY_NAME else file_digests(model))
+    try:
+        folder = snapshot_download(model, revision=revision)
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"`model` must be a folder, a Hub id, 'expert' or 'random', got {model!r}: there is no such folder."
+        ) from error
+    return PolicySource(model, folder, revision=Path(folder).name, files=file_digests(folder))
+
+
+def file_digests(folder: str | Path) -> dict[str, str]:
+    """File name -> SHA-256 (hexadecimal) of the files at the top of a checkpoint that decide how it acts."""
+    digests = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and path.suffix in SUFFIXES:
+            with open(path, "rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

@@ -1,0 +1,181 @@
+"""What every policy must hold, as a test class: inherit it, say how your policy is made, and run pytest.
+
+Example (see docs/own_vla.md):
+
+```python
+import pytest
+from trl_stare.policies.conformance import PolicyConformance
+
+
+class TestMyPolicy(PolicyConformance):
+    @pytest.fixture(scope="class")
+    def policy(self):
+        return MyPolicy.from_pretrained("path/to/checkpoint")
+```
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_stare.interfaces import Observation, VLAPolicy
+
+_LONG, _SHORT = "put the carrot on the plate", "stack"
+
+
+class PolicyConformance:
+    """A pytest suite over the fixture `policy` (a [`~trl_stare.interfaces.VLAPolicy`] in float32), which the subclass defines.
+
+    Attributes:
+        image_size (`int`): pixels of the test images. state_size (`int` or `None`): `P`, where the policy reads proprioception.
+        images_stay_uint8 (`bool`): whether prepared images take a quarter of float32's memory.
+        atol (`float`): largest difference of log-probabilities that count as equal.
+        action_atol (`float`): largest change of an action by `decode(encode(action))`, in robot units.
+    """
+
+    image_size: int = 64
+    state_size: int | None = None
+    images_stay_uint8: bool = True
+    atol: float = 1e-5
+    action_atol: float = 1e-5
+
+    def make_obs(self, *instructions: str, seed: int = 0) -> Observation:
+        """Random images (and state), one per instruction."""
+        generator, n = torch.Generator().manual_seed(seed), len(instructions)
+        size = (n, self.image_size, self.image_size, 3)
+        images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        state = None if self.state_size is None else torch.randn(n, self.state_size, generator=generator)
+        return Observation(images, instructions, state)
+
+    def load(self, policy: Any, folder: Path) -> Any:
+        """The policy that `save_pretrained` wrote to `folder`."""
+        return type(policy).from_pretrained(folder)
+
+    def adapt(self, policy: Any) -> Any:
+        """The model of `policy` under a fresh LoRA on all its linear layers."""
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(policy.model, LoraConfig(r=2, target_modules="all-linear"))
+
+    def sample(self, policy: Any, obs: Observation, temperature: float = 1.0) -> tuple[dict[str, Tensor], Any]:
+        """Inputs, and what the policy did."""
+        inputs = policy.prepare(obs)
+        return inputs, policy.act(inputs, temperature=temperature, generator=torch.Generator().manual_seed(0))
+
+    def test_protocol_and_shapes(self, policy: Any) -> None:
+        """All members are there; actions are `[N, C, A]` float32, the rest `[N, L]` and `[N, F]`."""
+        assert isinstance(policy, VLAPolicy), "the members of VLAPolicy must all be there"
+        inputs, sample = self.sample(policy, self.make_obs(_LONG, _SHORT))
+        assert all(len(value) == 2 and value.device.type == "cpu" for value in inputs.values()), "prepare: N rows, CPU"
+        if self.images_stay_uint8:
+            assert inputs["pixel_values"].dtype == torch.uint8, "prepare: images stay uint8"
+        assert sample.actions.shape == (2, policy.chunk_size, policy.action_dim), sample.actions.shape
+        assert sample.actions.dtype == sample.logps.dtype == torch.float32
+        assert sample.trace.shape == sample.logps.shape and sample.trace.ndim == 2, sample.trace.shape
+        assert sample.features.ndim == 2 and torch.isfinite(sample.logps).all() and (sample.logps <= 0).all()
+
+    def test_acting_and_evaluating_agree(self, policy: Any) -> None:
+        """The log-probabilities of the rollout are those of training, also at another temperature."""
+        for temperature in (1.0, 0.6):
+            inputs, sample = self.sample(policy, self.make_obs(_LONG, _SHORT), temperature)
+            evaluation = policy.evaluate(inputs, sample.trace, temperature=temperature)
+            torch.testing.assert_close(evaluation.logps.detach().cpu(), sample.logps, atol=self.atol, rtol=0)
+            torch.testing.assert_close(evaluation.features.detach().float().cpu(), sample.features, atol=1e-4, rtol=0)
+            assert (evaluation.entropies >= 0).all()
+
+    def test_acting_is_a_function_of_the_generator(self, policy: Any) -> None:
+        """Equal generators give equal traces, greedy acting needs none."""
+        obs = self.make_obs(_LONG, _SHORT)
+        (inputs, first), (_, second) = self.sample(policy, obs), self.sample(policy, obs)
+        assert torch.equal(first.trace, second.trace)
+        greedy = [policy.act(inputs, temperature=0.0, generator=None).trace for _ in range(2)]
+        assert torch.equal(*greedy)
+
+    def test_actions_survive_encoding(self, policy: Any) -> None:
+        """`decode(encode(a)) = a` for every action the policy can take, and `actions` of `act` are its decoded trace."""
+        _, sample = self.sample(policy, self.make_obs(_LONG, _SHORT))
+        torch.testing.assert_close(policy.decode(sample.trace), sample.actions)
+        again = policy.decode(policy.encode(sample.actions))
+        torch.testing.assert_close(again, sample.actions, atol=self.action_atol, rtol=0)
+
+    @torch.no_grad()
+    def test_a_padded_batch_is_its_rows_one_by_one(self, policy: Any) -> None:
+        """Neither the neighbours nor the padding of a shorter instruction change a row."""
+        obs = self.make_obs(_LONG, _SHORT)
+        inputs, sample = self.sample(policy, obs)
+        batch = policy.evaluate(inputs, sample.trace).logps
+        for row in range(2):
+            rows = slice(row, row + 1)
+            state = None if obs.state is None else obs.state[rows]
+            alone = policy.prepare(Observation(obs.images[rows], obs.instructions[rows], state))
+            logps = policy.evaluate(alone, sample.trace[rows]).logps
+            torch.testing.assert_close(logps, batch[rows], atol=self.atol, rtol=0)
+
+    @torch.no_grad()
+    def test_image_and_instruction_matter(self, policy: Any) -> None:
+        """Another image, or another instruction, changes the log-probabilities by more than rounding."""
+        obs = self.make_obs(_LONG)
+        inputs, sample = self.sample(policy, obs)
+        before = policy.evaluate(inputs, sample.trace).logps
+        for other in (obs._replace(images=255 - obs.images), obs._replace(instructions=(_SHORT,))):
+            after = policy.evaluate(policy.prepare(other), sample.trace).logps
+            assert (after - before).abs().max() > 10 * self.atol, "a policy must read both image and instruction"
+
+    @torch.no_grad()
+    def test_score_is_a_likelihood_and_antisymmetric(self, policy: Any) -> None:
+        """The score is the summed log-probability; exchanging chosen and rejected negates a preference's margin."""
+        inputs, sample = self.sample(policy, self.make_obs(_LONG, _LONG))
+        score = policy.score(inputs, sample.trace)
+        torch.testing.assert_close(score, policy.evaluate(inputs, sample.trace).logps.sum(-1), atol=1e-4, rtol=0)
+        swapped = {name: value.flip(0) for name, value in inputs.items()}
+        margin = -policy.score(swapped, sample.trace.flip(0)).diff()
+        torch.testing.assert_close(margin, score.diff(), atol=1e-4, rtol=0)
+
+    def test_imitation_loss_reads_mask_and_weight(self, policy: Any) -> None:
+        """Rows of weight 0 and tokens outside the mask have no influence."""
+        inputs, sample = self.sample(policy, self.make_obs(_LONG, _SHORT))
+        mask = torch.ones_like(sample.trace, dtype=torch.bool)
+        mask[:, -1] = False
+        weight = torch.tensor([1.0, 0.0])
+        loss = policy.imitation_loss(inputs, sample.trace, mask, weight)
+        changed = sample.trace.clone()
+        changed[:, -1] = sample.trace[:, -1].flip(0)
+        changed[1] = changed[1].flip(0)
+        torch.testing.assert_close(policy.imitation_loss(inputs, changed, mask, weight), loss)
+        assert loss.ndim == 0 and loss.requires_grad and loss > 0
+
+    def test_gradients_reach_the_adapter_and_the_features(self, policy: Any) -> None:
+        """Of a LoRA the likelihood reaches every tower, and a value head on the features reaches it too; disabled it is the base."""
+        inputs, sample = self.sample(policy, self.make_obs(_LONG))
+        base, plain = policy.score(inputs, sample.trace).detach(), policy.model
+        try:
+            policy.model = self.adapt(policy)
+            for loss in (policy.score, lambda *args: policy.evaluate(*args).features.square().sum()):
+                policy.model.zero_grad()
+                loss(inputs, sample.trace).sum().backward()
+                reached = [p for p in policy.model.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+                assert reached, "no gradient reached the adapter"
+            with policy.model.disable_adapter():
+                torch.testing.assert_close(policy.score(inputs, sample.trace).detach(), base)
+        finally:
+            if policy.model is not plain:
+                policy.model.unload()
+            policy.model = plain
+            plain.zero_grad()
+            plain.requires_grad_(True)
+
+    @torch.no_grad()
+    def test_saving_is_exact(self, policy: Any, tmp_path: Path) -> None:
+        """What is saved and loaded prepares the same inputs, gives the same scores and decodes the same actions."""
+        obs = self.make_obs(_LONG, _SHORT)
+        inputs, sample = self.sample(policy, obs)
+        policy.save_pretrained(tmp_path)
+        loaded = self.load(policy, tmp_path)
+        again = loaded.prepare(obs)
+        assert inputs.keys() == again.keys() and all(torch.equal(inputs[name], again[name]) for name in inputs)
+        torch.testing.assert_close(loaded.score(again, sample.trace), policy.score(inputs, sample.trace))
+        torch.testing.assert_close(loaded.decode(sample.trace), sample.actions)

@@ -1,0 +1,76 @@
+"""What the processes of a PPO run must agree on, though each plays episodes of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+
+def total(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Sum of `values` over all processes, in float64; the shape is kept."""
+    if accelerator.num_processes == 1:
+        return values.double()
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    return accelerator.reduce(values.to(accelerator.device, dtype), "sum").to(values.device)
+
+
+def global_moments(accelerator: Accelerator, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (`n - 1`) over dimension 0 of `[M]` or `[M, F]`, where `M` differs between processes.
+
+    Not a `gather`: it would need the same `M` everywhere, and wait for ever where it is not.
+    """
+    rows = values.double()
+    count = total(accelerator, torch.tensor(float(len(rows)), device=values.device))
+    mean = total(accelerator, rows.sum(dim=0)) / count
+    squares = total(accelerator, ((rows - mean) ** 2).sum(dim=0))
+    return mean.to(values.dtype), (squares / (count - 1).clamp(min=1)).sqrt().to(values.dtype)
+
+
+def gradient_weights(accelerator: Accelerator, counts: Tensor) -> Tensor:
+    """By what a process must weight its mean loss over `counts` items, for the average over processes to be the mean over all items.
+
+    DDP averages gradients over processes: `1/W sum_r w_r mean_r` is the mean over all items if `w_r = W n_r / sum_r n_r`.
+
+    Example: with 30 and 10 items in two processes, 1.5 and 0.5; in a single process always 1.
+    """
+    return (accelerator.num_processes * counts.double() / total(accelerator, counts).clamp(min=1)).float()
+
+
+def gather_rows(accelerator: Accelerator, rows: Sequence[dict]) -> list[dict]:
+    """The rows of all processes, of the first process first; any number from each."""
+    if accelerator.num_processes == 1:
+        return list(rows)
+    gathered: list = [None] * accelerator.num_processes
+    dist.all_gather_object(gathered, list(rows))
+    return [row for part in gathered for row in part]
+
+
+class Rendezvous:
+    """Where processes wait for each other after uneven work, and learn who is missing.
+
+    Gloo's `monitored_barrier` names the ranks that do not come; the timeout of an ordinary collective does not.
+
+    Args:
+        accelerator (`Accelerator`): of the run.
+        timeout_s (`float`): how long to wait.
+    """
+
+    def __init__(self, accelerator: Accelerator, timeout_s: float):
+        self.timeout = timedelta(seconds=timeout_s)
+        self.group = None
+        if accelerator.num_processes > 1:
+            self.group = dist.new_group(backend="gloo", timeout=self.timeout)
+
+    def wait(self) -> None:
+        """Return when all processes are here.
+
+        Raises:
+            RuntimeError: names the ranks that did not come in time.
+        """
+        if self.group is not None:
+            dist.monitored_barrier(self.group, timeout=self.timeout, wait_all_ranks=True)
