@@ -1,5 +1,6 @@
 """What every test may rely on: one thread, no network, assets and a Vulkan driver chosen before SAPIEN is imported."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,3 +20,5 @@ from trl_stare.envs.vulkan import select_vulkan_driver  # noqa: E402
 
 torch.set_num_threads(1)
 select_vulkan_driver()
+# a forked process must not tidy up the renderers of its parent, whose threads it has not: it would wait for them for ever
+os.register_at_fork(after_in_child=gc.freeze)

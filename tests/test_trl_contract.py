@@ -93,7 +93,12 @@ SOURCES = [
 ]
 
 
-@pytest.mark.parametrize(("owner", "name", "parameters", "breaks"), METHODS, ids=lambda value: str(value)[:40])
+def short(value: object) -> str:
+    """A test's name, the same in every process."""
+    return getattr(value, "__qualname__", getattr(value, "__name__", str(value)))[:40]
+
+
+@pytest.mark.parametrize(("owner", "name", "parameters", "breaks"), METHODS, ids=short)
 def test_method(owner, name, parameters, breaks):
     method = getattr(owner, name, None)
     assert method is not None, f"{owner.__name__}.{name} is gone: {breaks}."
@@ -102,7 +107,7 @@ def test_method(owner, name, parameters, breaks):
     assert not missing, f"{owner.__name__}.{name} has lost {missing} (it has {found}): {breaks}."
 
 
-@pytest.mark.parametrize(("function", "words", "breaks"), SOURCES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("function", "words", "breaks"), SOURCES, ids=short)
 def test_source(function, words, breaks):
     assert words in inspect.getsource(function), f"{function.__qualname__} no longer has {words!r}: {breaks}."
 
