@@ -18,6 +18,11 @@ Signals = Mapping[str, Tensor]
 """Privileged simulator state by name. At one moment `[N]` bool or `[N, D]` float32; along a trajectory `[T]` or `[T, D]`."""
 
 
+ADAPTER_CONFIG_NAME = "policy_config.json"
+"""The model's config beside an adapter: its statistics and conventions need not be the base's. Were it called `config.json`,
+transformers would look for the whole model there."""
+
+
 class Observation(NamedTuple):
     """What a policy may see.
 

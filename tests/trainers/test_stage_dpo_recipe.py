@@ -87,6 +87,8 @@ def test_lora_saves_an_adapter(recipe, folders, tmp_path):
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert weights and all("lora_" in name for name in weights)
     assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+    config = json.loads((tmp_path / "policy_config.json").read_text())  # statistics may not be the base's
+    assert config["norm_stats"] and config["model_type"] == "stare_vla"
     assert "PeftModel.from_pretrained(policy.model, " in (tmp_path / "README.md").read_text()
 
 

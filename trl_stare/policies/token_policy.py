@@ -11,11 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import cached_file
 
-from trl_stare.interfaces import ActionEval, ActionSample, Observation
+from trl_stare.interfaces import ADAPTER_CONFIG_NAME, ActionEval, ActionSample, Observation
 from trl_stare.policies.action_tokens import imitation_loss
-
-ADAPTER_CONFIG_NAME = "policy_config.json"
-"""The model's config beside an adapter. Were it called `config.json`, transformers would look for the whole model there."""
 
 
 class Bins(Protocol):

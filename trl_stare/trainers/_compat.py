@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -22,9 +23,12 @@ from trl.trainer.base_trainer import _BaseTrainer
 # Switches the adapter of a PEFT model off (or to TRL's frozen copy "ref") and back: how TRL gets a reference for free.
 from trl.trainer.utils import use_adapter
 
+from trl_stare.interfaces import ADAPTER_CONFIG_NAME
+
 __all__ = [
     "_BaseConfig",
     "_BaseTrainer",
+    "SavesAdapterConfig",
     "forward_once",
     "keep_forward",
     "restore_weights",
@@ -86,6 +90,19 @@ def forward_once(wrapper: nn.Module, inner: nn.Module, method: Callable[..., Any
     with keep_forward(inner):
         inner.forward = forward
         return wrapper(*args)
+
+
+class SavesAdapterConfig:
+    """A trainer whose adapters keep their model's config, which PEFT does not write: `TokenPolicy.from_pretrained` reads it.
+
+    To be put before the trainer among the base classes.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(model):
+            model.config.to_json_file(Path(output_dir or self.args.output_dir) / ADAPTER_CONFIG_NAME)
 
 
 def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:

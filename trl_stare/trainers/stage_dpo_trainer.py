@@ -22,7 +22,7 @@ from trl_stare.data.collators import PAIR_FEATURES, PreferenceCollator
 from trl_stare.data.pairs import WHOLE_TRAJECTORY
 from trl_stare.interfaces import VLAPolicy
 from trl_stare.losses import stage_preference_loss
-from trl_stare.trainers._compat import forward_once, keep_forward, restore_weights, use_adapter
+from trl_stare.trainers._compat import SavesAdapterConfig, forward_once, keep_forward, restore_weights, use_adapter
 from trl_stare.trainers.stage_dpo_card import write_preference_card
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig
 from trl_stare.trainers.stage_dpo_metrics import pair_metrics
@@ -35,7 +35,7 @@ from trl_stare.trainers.stage_dpo_reference import (
 )
 
 
-class StageDPOTrainer(DPOTrainer):
+class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     """
     Trainer for StA-TPO (STARE-VLA, arXiv 2512.05107): DPO on one stage of two trajectories at a time.
 

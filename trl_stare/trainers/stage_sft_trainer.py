@@ -15,11 +15,11 @@ from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_d
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import VLAPolicy
 from trl_stare.stages import StagePlan
-from trl_stare.trainers._compat import forward_once, keep_forward, restore_weights
+from trl_stare.trainers._compat import SavesAdapterConfig, forward_once, keep_forward, restore_weights
 from trl_stare.trainers.stage_sft_config import StageSFTConfig
 
 
-class StageSFTTrainer(SFTTrainer):
+class StageSFTTrainer(SavesAdapterConfig, SFTTrainer):
     """
     Trainer for the imitation stage.
 
