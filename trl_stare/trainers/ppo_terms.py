@@ -30,7 +30,10 @@ class PPOTerms(NamedTuple):
 
     def actor_loss(self, args: StagePPOConfig) -> Tensor:
         """What the policy descends: mean over tokens, weighted as configured."""
-        return args.policy_coef * self.policy.loss - args.entropy_coef * self.entropy + args.kl_coef * self.kl
+        loss = args.policy_coef * self.policy.loss
+        if args.entropy_coef:  # times 0 the backward would still go through it
+            loss = loss - args.entropy_coef * self.entropy
+        return loss + args.kl_coef * self.kl if args.kl_coef else loss
 
     def metrics(self) -> dict[str, list[float]]:
         """By the names they are logged under."""
