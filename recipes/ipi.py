@@ -38,15 +38,17 @@ from trl_stare import (
     make_env,
 )
 from trl_stare.data import (
+    TrajectoryFolder,
     build_pairs,
+    collect_dataset,
     demonstrate_successes,
     format_yield,
     load_trajectories,
     pairs_dataset,
-    play,
     save_pairs,
     save_trajectories,
 )
+from trl_stare.data.actors import policy_actor
 from trl_stare.envs import get_simulated_task
 from trl_stare.evaluation import (
     PHASES,
@@ -174,35 +176,27 @@ def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: list, pl
 
 def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any, plan: Any) -> None:
     """Phase 2: several episodes per start, cut into stages and compared stage by stage; then StA-TPO."""
-    policy, folder = load_policy(args, checkpoint), Path(args.output_dir) / "data" / "rollouts"
-    if PartialState().is_main_process and not folder.exists():
-        starts = range(PREFERENCE_SEEDS, PREFERENCE_SEEDS + args.preference_starts)
-        seeds = [seed for seed in starts for _ in range(args.rollouts_per_start)]
-        with tqdm(total=len(seeds), desc="rollouts", unit="episode") as bar:
-            generator = torch.Generator().manual_seed(args.seed)
-            rollouts = play(
-                env,
-                policy,
-                seeds,
-                temperature=args.temperature,
-                generator=generator,
-                on_episode=lambda _: bar.update(),
-            )
-        save_trajectories(rollouts, folder, plan, metadata=env.metadata)
+    policy, data = load_policy(args, checkpoint), Path(args.output_dir) / "data"
+    if PartialState().is_main_process:
+        collect_rollouts(args, policy, env, plan, data / "rollouts")
     PartialState().wait_for_everyone()
-    rollouts = load_trajectories(folder)
+    rollouts = TrajectoryFolder(data / "rollouts")
+    signals = TrajectoryFolder(data / "rollouts", images=False)
     pairs = build_pairs(
-        rollouts, plan, objective=config.objective, min_cost_gap=args.min_cost_gap,
+        signals, plan, objective=config.objective, min_cost_gap=args.min_cost_gap,
         max_pairs_per_start=args.max_pairs_per_start, seed=args.seed,
     )  # fmt: skip
     logger.info("pairs per stage:\n%s", format_yield(pairs.yield_table))
+    rows = data / "_pairs" / "pairs.arrow"
     if PartialState().is_main_process:
-        save_pairs(pairs.pairs, Path(args.output_dir) / "data" / "pairs")
-    trainer = StageDPOTrainer(policy, config, pairs_dataset(rollouts, pairs.pairs))
+        save_pairs(pairs.pairs, data / "pairs")
+        pairs_dataset(rollouts, pairs.pairs, file=rows)
+    PartialState().wait_for_everyone()
+    trainer = StageDPOTrainer(policy, config, Dataset.from_file(str(rows)))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
-    env_steps = sum(rollout.num_steps for rollout in rollouts)
+    env_steps = sum(rollout.num_steps for rollout in signals)
     pair_yield = {stage: dict(counts) for stage, counts in pairs.yield_table.items()}
-    save_phase(args, "preference", trainer, env_steps, [rollout.seed for rollout in rollouts], pair_yield=pair_yield)
+    save_phase(args, "preference", trainer, env_steps, [rollout.seed for rollout in signals], pair_yield=pair_yield)
 
 
 def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: Any, plan: Any) -> None:
@@ -240,6 +234,18 @@ def collect_demonstrations(args: IPIArguments, env: Any, expert: Any, plan: Any)
         save_trajectories(shown, folder, plan, metadata=env.metadata)
     PartialState().wait_for_everyone()
     return load_trajectories(folder)
+
+
+def collect_rollouts(args: IPIArguments, policy: TokenPolicy, env: Any, plan: Any, folder: Path) -> None:
+    """`rollouts_per_start` episodes from each of `preference_starts` initial states; an interrupted collection continues."""
+    count = args.preference_starts * args.rollouts_per_start
+    with tqdm(total=count, desc="rollouts", unit="episode") as bar:
+        collect_dataset(
+            env, lambda generator: policy_actor(policy, temperature=args.temperature, generator=generator), folder, plan,
+            episodes=count, episodes_per_seed=args.rollouts_per_start, first_seed=PREFERENCE_SEEDS, seed=args.seed,
+            settings={"temperature": args.temperature},
+            on_open=lambda done: bar.update(min(done, count)), on_episode=lambda _: bar.update(),
+        )  # fmt: skip
 
 
 def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:

@@ -11,10 +11,11 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from datasets import load_dataset  # noqa: E402
+from datasets import Dataset, load_dataset  # noqa: E402
 
 from trl_stare.data import schema  # noqa: E402
 from trl_stare.data.pairs import StagePair  # noqa: E402
+from trl_stare.data.parquet import to_table  # noqa: E402
 from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories  # noqa: E402
 from trl_stare.data.trajectory import Trajectory  # noqa: E402
 from trl_stare.stages import get_plan  # noqa: E402
@@ -48,6 +49,19 @@ def test_trajectories_come_back_exactly(tmp_path, episode, monkeypatch, traced):
     assert len(loaded) == 5
     for before, after in zip(episodes, loaded, strict=True):
         assert_equal(replace(before, features=None), after)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_tables_are_those_of_datasets(episode, traced):
+    episodes = [episode(seed, num_steps=5 + seed, traced=traced) for seed in range(3)]
+    features = schema._features_of(episodes)
+    rows = [schema._to_row(index, episode, PLAN, "{}") for index, episode in enumerate(episodes)]
+    expected = Dataset.from_dict(
+        {name: [row[name] for row in rows] for name in features}, features=features
+    ).data.table
+    made = to_table(rows, features)
+    assert made.schema.equals(expected.schema, check_metadata=True)
+    assert made.equals(expected.combine_chunks())
 
 
 def test_plain_load_dataset_shows_the_stages(tmp_path, episode):

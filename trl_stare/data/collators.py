@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Image, List, Value
 from torch import Tensor
 
 from trl_stare.data.pairs import StagePair
+from trl_stare.data.parquet import to_table
 from trl_stare.data.schema import encode_png
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import Observation, VLAPolicy
@@ -111,8 +112,7 @@ def check_traces(trajectories: Sequence[Trajectory], policy: VLAPolicy, *, episo
 def _tables(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
     """Rows in tables of `ROWS_PER_TABLE`, the last one shorter."""
     while block := list(islice(rows, ROWS_PER_TABLE)):
-        columns = {name: [row[name] for row in block] for name in PAIR_FEATURES}
-        yield Dataset.from_dict(columns, features=PAIR_FEATURES).data.table.cast(PAIR_FEATURES.arrow_schema)
+        yield to_table(block, PAIR_FEATURES)
 
 
 def _rows(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]) -> Iterator[dict[str, Any]]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
@@ -44,6 +45,21 @@ def write_folder(folder: Path, shards: Iterable[pa.Table], num_shards: int, *, r
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def to_table(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table:
+    """Rows as a table whose schema carries the features, as `load_dataset` wants it; arrays are `[T]` or `[T, D]`.
+
+    The same table as `datasets.Dataset.from_dict`'s, which takes ten times as long over one episode.
+    """
+    schema = features.arrow_schema
+    columns = [pa.array([_to_lists(row[field.name]) for row in rows], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _to_lists(cell: Any) -> Any:
+    """What Arrow makes a list of lists of: it takes arrays of one dimension only."""
+    return list(cell) if isinstance(cell, np.ndarray) and cell.ndim > 1 else cell
 
 
 def parquet_files(folder: Path) -> list[Path]:

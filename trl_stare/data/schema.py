@@ -16,12 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Features, Image, List, Value
 from PIL import Image as PILImage
 from torch import Tensor
 
 from trl_stare.data.pairs import StagePair
-from trl_stare.data.parquet import ROWS_PER_GROUP, check_columns, open_file, parquet_files, read_groups, write_folder
+from trl_stare.data.parquet import (
+    ROWS_PER_GROUP,
+    check_columns,
+    open_file,
+    parquet_files,
+    read_groups,
+    to_table,
+    write_folder,
+)
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.stages import StagePlan, segment
 
@@ -109,7 +117,7 @@ def save_trajectories(
     note = json.dumps(dict(metadata or {}), default=str)
     starts = range(0, len(trajectories), EPISODES_PER_SHARD)
     shards = (
-        _to_table(
+        to_table(
             [
                 _to_row(index, trajectory, plan, note)
                 for index, trajectory in enumerate(trajectories[start : start + EPISODES_PER_SHARD], start)
@@ -183,7 +191,7 @@ def save_pairs(pairs: Sequence[StagePair], folder: str | Path) -> None:
     """
     starts = range(0, max(len(pairs), 1), PAIRS_PER_SHARD)
     shards = (
-        _to_table([asdict(pair) for pair in pairs[start : start + PAIRS_PER_SHARD]], PREFERENCE_FEATURES)
+        to_table([asdict(pair) for pair in pairs[start : start + PAIRS_PER_SHARD]], PREFERENCE_FEATURES)
         for start in starts
     )
     write_folder(Path(folder), shards, len(starts), row_group_size=PAIRS_PER_SHARD)
@@ -305,11 +313,6 @@ def _to_tensor(cell: pa.ListScalar) -> Tensor:
     if values.null_count:
         raise ValueError(f"must have no nulls, got {values.null_count}.")
     return torch.from_numpy(np.array(values.to_numpy(zero_copy_only=False))).reshape(shape)
-
-
-def _to_table(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table:
-    """Rows as a table whose schema carries the features, as `load_dataset` wants it."""
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features).data.table
 
 
 def _read_folder(folder: Path, features: Features) -> Iterator[tuple[Path, int, pa.Table]]:
