@@ -41,7 +41,7 @@ logger = logging.getLogger("preference_learning")
 OBJECTIVES = ("sta-tpo", "tpo-mean")
 OPTIONS = (
     *("max_steps", "per_device_train_batch_size", "learning_rate", "step_micro_batch_size", "logging_steps"),
-    *("beta", "cost_coef", "margin_sign", "loss_type", "label_smoothing", "weight_decay", "seed"),
+    *("centered", "beta", "cost_coef", "margin_sign", "loss_type", "label_smoothing", "weight_decay", "seed"),
 )
 DEFAULTS = {"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 1.2e-5, "step_micro_batch_size": 64}
 
@@ -67,7 +67,7 @@ class Arguments:
 def main(args: Arguments, config: StageDPOConfig) -> None:
     """Collect, train, evaluate, write; each part once."""
     given = vars(args) | {
-        name: getattr(config, name) for name in (*DEFAULTS, "beta", "cost_coef", "loss_type", "seed")
+        name: getattr(config, name) for name in (*DEFAULTS, "centered", "beta", "cost_coef", "loss_type", "seed")
     }
     out, plan = claim_folder(config.output_dir, given, free=()), get_plan(args.task)
     policy = TokenPolicy.from_pretrained(args.checkpoint)

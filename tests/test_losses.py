@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from trl_stare.losses import (
     PREFERENCE_LOSSES,
+    centered_scores,
     gae,
     margin_loss,
     ppo_policy_loss,
@@ -319,6 +320,26 @@ class TestStagePreferenceLoss:
         for name, value in [("beta", 0.0), ("beta", math.nan), ("cost_coef", -0.1), ("margin_sign", 0)]:
             with pytest.raises(ValueError, match=f"`{name}` must be"):
                 stage_preference_loss(*inputs, **(options | {name: value}))
+
+
+class TestCenteredScores:
+    def test_literal_values(self):
+        policy, reference = (torch.tensor(p).log().expand(2, 1, 2) for p in ([0.8, 0.2], [0.5, 0.5]))
+        scores = centered_scores(policy, reference, torch.tensor([[0], [1]]))
+        torch.testing.assert_close(scores - math.log(0.5), torch.tensor([0.693147, -0.693147]))
+
+    def test_the_mean_over_the_references_actions_is_zero_in_every_state(self):
+        """All 3 x 3 actions of two tokens, each with its probability; the plain log-ratio's mean is minus the KL."""
+        g = torch.Generator().manual_seed(0)
+        logps, ref = (torch.randn(1, 2, 3, generator=g).double().log_softmax(-1).expand(9, 2, 3) for _ in range(2))
+        actions = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+        ref_logps = ref.gather(-1, actions[..., None]).sum((1, 2))
+        assert (ref_logps.exp() * (centered_scores(logps, ref, actions) - ref_logps)).sum().abs() < 1e-12
+        assert (ref_logps.exp() * (logps.gather(-1, actions[..., None]).sum((1, 2)) - ref_logps)).sum() < -0.1
+
+    def test_shapes_are_checked(self):
+        with pytest.raises(ValueError, match=r"`ref_logps` must have shape \[4, 2, 3\]"):
+            centered_scores(torch.zeros(4, 2, 3), torch.zeros(1, 2, 3), torch.zeros(4, 2).long())
 
 
 class TestMarginLoss:

@@ -40,6 +40,11 @@ class StageDPOConfig(DPOConfig):
             `lambda`, weight of the stage cost in a side's score.
         margin_sign (`int`, *optional*, defaults to `1`):
             `1`: the paper's sign, the clearer preference has the smaller gradient. `-1`: ODPO's (arXiv 2402.10571).
+        centered (`bool`, *optional*, defaults to `False`):
+            Compare what the policy chooses in a state, not which states it is in: subtract from every decision's
+            log-ratio its mean over the reference's actions ([`~trl_stare.losses.centered_scores`]). Not in the paper,
+            whose loss is also satisfied by a policy that is spoilt in the states of rejected segments; see docs/preference.md.
+            Costs one more forward, and without LoRA the memory of a frozen copy. Not under ZeRO-3 and FSDP.
         stage_weights (`list[float]`, *optional*):
             Weight of each stage in the loss, in the plan's order. `None`: all 1.
         step_micro_batch_size (`int`, *optional*):
@@ -90,6 +95,9 @@ class StageDPOConfig(DPOConfig):
             "help": "1: subtract the cost from the score (STARE); -1: add it, a larger margin (ODPO).",
             "choices": [1, -1],
         },
+    )
+    centered: bool = field(
+        default=False, metadata={"help": "Subtract from each log-ratio its mean over the reference's actions."}
     )
     stage_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each stage in the loss, in the plan's order. None: all 1."}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,15 @@ from trl.models import prepare_deepspeed
 from trl_stare.data.collators import PAIR_FEATURES, PreferenceCollator
 from trl_stare.data.pairs import WHOLE_TRAJECTORY
 from trl_stare.interfaces import VLAPolicy
-from trl_stare.losses import stage_preference_loss
-from trl_stare.trainers._compat import SavesAdapterConfig, forward_once, keep_forward, restore_weights, use_adapter
+from trl_stare.losses import centered_scores, stage_preference_loss
+from trl_stare.trainers._compat import (
+    SavesAdapterConfig,
+    forward_once,
+    give_generation_config,
+    keep_forward,
+    restore_weights,
+    use_adapter,
+)
 from trl_stare.trainers.stage_dpo_card import write_preference_card
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig
 from trl_stare.trainers.stage_dpo_metrics import pair_metrics
@@ -101,6 +110,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
                 if kept is not None:
                     model = kept.model.get_base_model() if is_peft_model(kept.model) else kept.model
                     stack.enter_context(keep_forward(model))
+                    give_generation_config(model)
             super().__init__(
                 model=policy.model,
                 ref_model=None if ref_policy is None else ref_policy.model,
@@ -117,6 +127,8 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
             # its hooks would stay on the modules and lose count of the training engine's forwards (ZeRO-3)
             self._precompute_engine.destroy()
             self._precompute_engine = None
+        if args.centered:
+            self._keep_reference()
 
     # ---- data: seams of DPOTrainer
 
@@ -148,27 +160,64 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
 
     # ---- scores
 
-    def _score_steps(self, policy: VLAPolicy, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
-        """`[S]` log-likelihood of each decision, forwarded in micro-batches if the configuration says so."""
-        size = self.args.step_micro_batch_size
-        starts = [*range(0, len(trace), size or len(trace))]
+    def _score_steps(
+        self, policy: VLAPolicy, inputs: dict[str, Tensor], trace: Tensor, centered: bool = False
+    ) -> Tensor:
+        """`[S]` score of each decision, forwarded in micro-batches if the configuration says so."""
+        size = self.args.step_micro_batch_size or len(trace)
+        starts = [*range(0, len(trace), size)]
         idle = self._most_of_all(len(starts)) - len(starts)
-        if len(starts) + idle == 1:
-            return policy.score(inputs, trace)
-        score: Callable[..., Tensor] = policy.score
-        if torch.is_grad_enabled():
-            # Keeps a micro-batch's inputs in place of its activations. Without dropout nothing random is repeated.
-            def score(*part: Any) -> Tensor:
-                return checkpoint(
-                    policy.score, *part, use_reentrant=False, preserve_rng_state=not self.args.disable_dropout
-                )
-
-        scores = [
-            score({name: value[i : i + size] for name, value in inputs.items()}, trace[i : i + size])
+        parts: list[tuple[Any, ...]] = [
+            ({name: value[i : i + size] for name, value in inputs.items()}, trace[i : i + size])
             for i in starts + [0] * idle
         ]
+        score: Callable[..., Tensor] = policy.score
+        if centered:
+            # outside of the checkpoint, whose forward is run twice
+            parts = [(*part, self._reference_distribution(*part)) for part in parts]
+            score = self._centered_score
+        if len(parts) == 1:
+            return score(*parts[0])
+        if torch.is_grad_enabled():
+            # Keeps a micro-batch's inputs in place of its activations. Without dropout nothing random is repeated.
+            kept = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=not self.args.disable_dropout)
+            scores = [kept(*part) for part in parts]
+        else:
+            scores = [score(*part) for part in parts]
         steps = torch.cat(scores[: len(starts)])
         return steps + 0.0 * torch.cat(scores[len(starts) :]).sum() if idle else steps
+
+    def _centered_score(self, inputs: dict[str, Tensor], trace: Tensor, ref_logps: Tensor) -> Tensor:
+        """`[S]`, see [`centered_scores`]."""
+        return centered_scores(self.policy.action_logps(inputs, trace), ref_logps, trace.to(ref_logps.device))
+
+    @torch.no_grad()
+    def _reference_distribution(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
+        """`[S, L, V]` log-probabilities of all action tokens under the reference."""
+        if not self._adapter_makes_reference():
+            return self._kept_reference.action_logps(inputs, trace)
+        with use_adapter(self.accelerator.unwrap_model(self.model), self._reference_adapter()):
+            return self.policy.action_logps(inputs, trace)
+
+    def _keep_reference(self) -> None:
+        """Keep what [`_reference_distribution`] asks: a frozen policy, where no adapter can be switched off.
+
+        Raises:
+            ValueError: if the policy's actions have no distribution that could be averaged over, or its weights are
+                divided among processes.
+        """
+        zero = self.accelerator.state.deepspeed_plugin
+        if not hasattr(self.policy, "action_logps"):
+            raise ValueError(
+                f"`centered` must be False for a {type(self.policy).__name__}, got True: it samples no tokens."
+            )
+        if self.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3):
+            raise ValueError(
+                "`centered` must be False under ZeRO-3 and FSDP, got True. Use `ddp.yaml` or `zero2.yaml`."
+            )
+        if not self._adapter_makes_reference():
+            self._kept_reference = self.ref_policy or copy.deepcopy(self.policy)
+            self._kept_reference.model.to(self.accelerator.device).eval().requires_grad_(False)
 
     def _most_of_all(self, count: int) -> int:
         """The largest `count` of all processes under ZeRO-3 and FSDP, where each forward fetches weights from all of
@@ -178,10 +227,13 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
             return count
         return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
-    def _score_pairs(self, model: nn.Module, policy: VLAPolicy, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _score_pairs(
+        self, model: nn.Module, policy: VLAPolicy, batch: dict[str, Any], centered: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """`[P]` scores of the chosen and of the rejected sides: mean (or sum) over their decisions."""
         inner = self.accelerator.unwrap_model(model)
-        steps = forward_once(model, inner, self._score_steps, policy, batch["inputs"], batch["trace"]).float()
+        given = policy, batch["inputs"], batch["trace"], centered
+        steps = forward_once(model, inner, self._score_steps, *given).float()
         sides = steps.new_zeros(2 * len(batch["stages"]))
         scores = sides.index_add(0, batch["side_ids"], steps)
         if self.args.objective != "tpo-sum":
@@ -261,7 +313,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = self._score_pairs(model, self.policy, inputs)
+        chosen, rejected = self._score_pairs(model, self.policy, inputs, self.args.centered)
         weights = (
             None if self.args.stage_weights is None else chosen.new_tensor(self.args.stage_weights)[inputs["stages"]]
         )
