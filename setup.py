@@ -1,4 +1,4 @@
-"""Packaging of trl-stare. `pip install -e .` for the base; extras `maniskill`, `deepspeed` and `test` add the rest."""
+"""Packaging of trl-stare. `pip install -e .` for the base; extras `maniskill`, `deepspeed`, `serve` and `test` add the rest."""
 
 import re
 from pathlib import Path
@@ -32,6 +32,7 @@ BASE = [
 EXTRAS = {
     "maniskill": ["fast-simplification", "gymnasium", "mani_skill==3.0.1", "sapien==3.0.3"],
     "deepspeed": ["deepspeed>=0.18.6"],
+    "serve": ["msgpack>=1.0", "websockets>=15"],
     "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 

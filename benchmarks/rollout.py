@@ -2,9 +2,10 @@
 
     python benchmarks/rollout.py --json rollout.json
 
-Goals on two idle cores: at least 1.5 times the steps/s of the better plain loop, and seconds that grow linearly with envs x
+Goals on two idle cores: at least 1.5 times the steps/s of the better plain loop, and seconds and memory that grow linearly with envs x
 steps (R^2 >= 0.99 over a 16-fold range). Engine and loops are measured in turns, and the best of each counts, so that
-another process disturbs as little as possible.
+another process disturbs as little as possible; `--only linearity` leaves the plain loops out. Memory is that of all processes: the
+peak of the one that acts and keeps the episodes, and what its workers hold afterwards.
 
 The plain loop is what one writes without this package: a process per environment, ManiSkill's own environment with
 `obs_mode="rgb"` in its `CPUGymWrapper`, sparse reward, the same light visuals, image size, proprioception, policy and chunks. All
@@ -42,8 +43,8 @@ from trl_stare.policies import TokenPolicy
 
 TASK = "StackCube-v1"
 IMAGE_SIZE, CHUNK_SIZE, STATE_SIZE = 64, 4, 8
-SIZES = ((4, 4), (4, 8), (8, 16), (8, 32), (16, 64))
-"""Environments and episodes of the rollouts whose seconds are compared with their steps."""
+SIZES = ((4, 4), (4, 8), (4, 16), (8, 16), (8, 32), (16, 32), (16, 64))
+"""Environments and episodes of the rollouts whose seconds and memory are compared with their steps."""
 
 
 class PlainEnv(gym.ObservationWrapper):
@@ -172,27 +173,58 @@ def compare(policy: TokenPolicy, num_envs: int, num_workers: int, episodes: int,
 
 
 def linearity(policy: TokenPolicy, num_workers: int, repeats: int) -> dict[str, Any]:
-    """Seconds of rollouts of 4 to 64 episodes of 50 steps by 4 to 16 environments, and the R^2 of a straight line."""
-    steps, seconds = [], []
+    """Seconds and memory of rollouts of 4 to 64 episodes of 50 steps by 4 to 16 environments, and how straight a line they make."""
+    envs, steps, wall, cpu, memory = [], [], [], [], []
     for num_envs in sorted({size for size, _ in SIZES}):
         with closing(make_engine(num_envs, num_workers)) as env:
             engine_rollout(env, policy, num_envs, seed=0)
+            pids = [worker.pid for worker in env.workers]
             for episodes in (count for size, count in SIZES if size == num_envs):
-                times = [
-                    cost_per_step(engine_rollout, env=env, policy=policy, num_episodes=episodes, seed=seed).wall
+                Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (`man 5 proc_pid_clear_refs`)
+                costs = [
+                    cost_per_step(engine_rollout, pids, env=env, policy=policy, num_episodes=episodes, seed=seed)
                     for seed in range(1, repeats + 1)
                 ]
+                envs.append(num_envs)
                 steps.append(episodes * env.max_episode_steps)
-                seconds.append(min(times) * steps[-1])
-    slope, offset = np.polyfit(steps, seconds, 1)
-    residual = np.var(np.array(seconds) - (slope * np.array(steps) + offset))
+                wall.append(min(cost.wall for cost in costs) * steps[-1])
+                cpu.append(min(cost.cpu for cost in costs) * steps[-1])
+                memory.append(memory_mb("self", "VmHWM") + sum(memory_mb(pid, "VmRSS") for pid in pids))
+    of_wall, of_cpu, of_memory = fit(wall, steps), fit(cpu, steps), fit(memory, envs, steps)
     return {
         "envs_and_episodes": SIZES,
         "steps": steps,
-        "seconds": seconds,
-        "ms_per_step": 1e3 * slope,
-        "r_squared": 1 - residual / np.var(seconds),
+        "seconds": wall,
+        "ms_per_step": 1e3 * of_wall.slopes[0],
+        "r_squared": of_wall.r_squared,
+        "cpu_seconds": cpu,
+        "cpu_ms_per_step": 1e3 * of_cpu.slopes[0],
+        "cpu_r_squared": of_cpu.r_squared,
+        "memory_mb": memory,
+        "memory_mb_per_env": of_memory.slopes[0],
+        "memory_mb_per_1000_steps": 1e3 * of_memory.slopes[1],
+        "memory_r_squared": of_memory.r_squared,
     }
+
+
+def memory_mb(pid: int | str, name: str) -> float:
+    """A line of `/proc/{pid}/status` in MB."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+class Fit(NamedTuple):
+    """A linear fit: its slopes, and the share of the variance it explains."""
+
+    slopes: list[float]
+    r_squared: float
+
+
+def fit(measured: Sequence[float], *causes: Sequence[float]) -> Fit:
+    """`measured` as a constant and a slope for each of `causes`, by least squares."""
+    columns = np.array([[1.0] * len(measured), *causes]).T
+    found = np.linalg.lstsq(columns, np.array(measured), rcond=None)[0]
+    return Fit(found[1:].tolist(), 1 - float(np.var(measured - columns @ found) / np.var(measured)))
 
 
 def main() -> None:
@@ -203,7 +235,7 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=2, help="worker processes of the engine")
     parser.add_argument("--episodes", type=int, default=32, help="episodes of 50 steps per measurement")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each figure, the best counts")
-    parser.add_argument("--skip_linearity", action="store_true", help="leave out the measurement of linear cost")
+    parser.add_argument("--only", choices=("speed", "linearity"), help="measure this alone")
     args = parser.parse_args()
     stats = {TASK: {"action": {"scale": [1.0] * 7}, "state": {"mean": [0.0] * STATE_SIZE, "std": [1.0] * STATE_SIZE}}}
     policy = TokenPolicy.create_tiny(stats, image_size=IMAGE_SIZE, chunk_size=CHUNK_SIZE)
@@ -220,8 +252,9 @@ def main() -> None:
         "machine": platform.platform(),
         "load_average_before": os.getloadavg()[0],
     }
-    results |= compare(policy, args.num_envs, args.num_workers, args.episodes, args.repeats)
-    if not args.skip_linearity:
+    if args.only != "linearity":
+        results |= compare(policy, args.num_envs, args.num_workers, args.episodes, args.repeats)
+    if args.only != "speed":
         results["linearity"] = linearity(policy, args.num_workers, args.repeats)
     results["load_average_after"] = os.getloadavg()[0]
     Console().print_json(data=results)

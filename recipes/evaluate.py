@@ -3,6 +3,7 @@
     python recipes/evaluate.py --model outputs/ipi/interaction --task StackCube-v1 --episodes 300 --output_dir outputs/eval/ipi
     python recipes/evaluate.py --model user/my-vla --suite simpler_widowx --seed 0 1 2 --output_dir outputs/eval/widowx
     python recipes/evaluate.py --model expert --suite PushCube-v1,PullCube-v1 --output_dir outputs/eval/expert
+    python recipes/evaluate.py --model outputs/ipi/interaction --task StackCube-v1 --variations all --output_dir outputs/robust
 
 Interrupt it whenever you like: every finished episode is kept, and the same command continues. The same command on the same
 machine gives the same bytes; times are in `timing.json`, apart from the results. See docs/evaluation.md.
@@ -22,7 +23,7 @@ from trl import TrlParser
 
 from trl_stare import get_plan, make_env
 from trl_stare.actors import NamedActor, load_actor
-from trl_stare.envs import get_simulated_task
+from trl_stare.envs import get_simulated_task, get_variation, select_variations
 from trl_stare.evaluation import (
     RULES,
     PlayedEpisode,
@@ -32,6 +33,7 @@ from trl_stare.evaluation import (
     eval_table,
     film_episode,
     held_out_starts,
+    measure_robustness,
     play_in_blocks,
     publish_results,
     read_played,
@@ -40,13 +42,15 @@ from trl_stare.evaluation import (
     task_metrics,
     write_eval_info,
     write_played,
+    write_robustness,
 )
+from trl_stare.interfaces import NOMINAL
 from trl_stare.runs import Stopwatch, claim_folder
 from trl_stare.tasks import import_tasks
 
 logger = logging.getLogger("evaluate")
 
-FREE = ("output_dir", "push", "task_module", "model")
+FREE = ("output_dir", "push", "task_module", "model", "variations")
 """May differ when an evaluation is continued; the files of `model` may not."""
 
 
@@ -82,6 +86,13 @@ class EvaluateArguments:
         default=None, metadata={"help": "Pixels; default a checkpoint's, or the task's own."}
     )
     visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
+    variations: str | None = field(
+        default=None,
+        metadata={
+            "help": "'all', or names with commas between them, e.g. 'camera/shift,light/dim': the task as it is, then each of "
+            "these changes on the same starts, each in a folder of its own, and robustness.md."
+        },
+    )
     push: bool = field(
         default=False, metadata={"help": "Put the results into the model card: the Hub's, or the folder's README.md."}
     )
@@ -102,9 +113,20 @@ class EvaluateArguments:
             raise ValueError(f"`push` needs a model with a card, got {self.model!r}.")
 
 
+@dataclass
+class Job:
+    """What is the same for all variations."""
+
+    args: EvaluateArguments
+    source: PolicySource
+    actors: dict[str, NamedActor]
+    starts: dict[str, dict[int, range]]
+
+
 def main(args: EvaluateArguments) -> None:
-    """Task by task; what is there already is not played again."""
+    """Variation by variation, task by task; what is there already is not played again."""
     import_tasks(args.task_module)
+    variations = select_variations(args.variations) if args.variations else ()
     tasks = suite_tasks(args.suite) if args.suite else (args.task,)
     starts = {
         task: {
@@ -115,10 +137,25 @@ def main(args: EvaluateArguments) -> None:
     source = resolve_policy(args.model, args.revision)
     actors = {task: load_actor(source.location, task, temperature=args.temperature) for task in tasks}
     out = claim_folder(args.output_dir, asdict(args) | {"policy": source.to_dict()}, free=FREE)
-    watch, episodes, metrics = Stopwatch(out / "timing.json"), {}, {}
-    for task in tasks:
-        with watch(task):
-            episodes[task], metrics[task] = evaluate_task(args, source, actors[task], task, starts[task])
+    job, watch = Job(args, source, actors, starts), Stopwatch(out / "timing.json")
+    info, nominal = evaluate_tasks(job, NOMINAL, out / NOMINAL if variations else out, watch)
+    if args.push:
+        logger.info("model card: %s", publish_results(args.model, eval_results(info)))
+    if variations:
+        varied = {name: evaluate_tasks(job, name, out / name, watch)[1] for name in variations}
+        rule, what = args.success_rule, {name: get_variation(name).what for name in variations}
+        write_robustness(out, measure_robustness(nominal, varied, rule=rule), rule=rule, what=what)
+        logger.info("%s\n\nwritten to %s", (out / "robustness.md").read_text(), out)
+
+
+def evaluate_tasks(
+    job: Job, variation: str, out: Path, watch: Stopwatch
+) -> tuple[dict[str, Any], list[PlayedEpisode]]:
+    """Everything under one variation: content of `eval_info.json`, and the rows of all tasks."""
+    args, source, episodes, metrics = job.args, job.source, {}, {}
+    for task in job.starts:
+        with watch(task if variation == NOMINAL else f"{task} {variation}"):
+            episodes[task], metrics[task] = evaluate_task(job, task, variation, out)
     settings = {
         "success_rule": args.success_rule,
         "temperature": args.temperature if source.files else None,
@@ -134,39 +171,41 @@ def main(args: EvaluateArguments) -> None:
     )
     write_eval_info(out, info)
     logger.info("%s\n\nwritten to %s", eval_table(info), out)
-    if args.push:
-        logger.info("model card: %s", publish_results(args.model, eval_results(info)))
+    return info, [row for rows in episodes.values() for row in rows]
 
 
-def evaluate_task(
-    args: EvaluateArguments, source: PolicySource, actor: NamedActor, task: str, starts: dict[int, range]
-) -> tuple[list[PlayedEpisode], dict[str, Any]]:
+def evaluate_task(job: Job, task: str, variation: str, out: Path) -> tuple[list[PlayedEpisode], dict[str, Any]]:
     """Rows and metrics of one task."""
-    out, plan = Path(args.output_dir), get_plan(task)
+    args, actor, starts, stages = job.args, job.actors[task], job.starts[task], get_plan(task)
     file, blocks = out / "episodes" / f"{task}.parquet", out / "episodes" / f".{task}"
     found = file.with_suffix(".json")  # written last
     if found.exists():
         return read_played(file), json.loads(found.read_text())
+    varied = {"visuals": args.visuals, "variation": variation}
+    if args.variations:  # scenes that are built anew for every episode can be changed; the nominal ones must be alike
+        varied["device"] = "cpu"
     env = make_env(
         task,
         args.num_envs,
         num_workers=args.num_workers,
         chunk_size=actor.chunk_size,
         image_size=args.image_size or actor.image_size,
-        visuals=args.visuals,
+        **varied,
     )
-    name, rows, solved = Path(source.name).name, [], []
+    name, rows, solved = Path(job.source.name).name, [], []
     with closing(env), ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=sum(map(len, starts.values())), desc=task, unit="episode"))
-        film = Film(args, task, stack)
+        bar = stack.enter_context(
+            tqdm(total=sum(map(len, starts.values())), desc=f"{task} {variation}", unit="episode")
+        )
+        film = Film(task, out / "videos" / task, args.videos, stack, **varied)
         for seed, chosen in starts.items():
             rows += play_in_blocks(
-                env, actor.make, plan, chosen, blocks, seed=seed, name=name,
+                env, actor.make, stages, chosen, blocks, seed=seed, name=name,
                 on_episode=partial(show, bar, solved), on_block=film,
             )  # fmt: skip
         environment = env.metadata | {"num_parts": len(env.parts)}
     videos = [path.relative_to(out).as_posix() for path in sorted((out / "videos" / task).glob("*.mp4"))]
-    metrics = task_metrics(rows, plan.names, rule=args.success_rule, environment=environment, videos=videos)
+    metrics = task_metrics(rows, stages.names, rule=args.success_rule, environment=environment, videos=videos)
     write_played(file, rows)
     found.write_text(json.dumps(metrics))
     shutil.rmtree(blocks)
@@ -183,16 +222,16 @@ def show(bar: tqdm, solved: list[bool], episode: PlayedEpisode) -> None:
 class Film:
     """Films the first `videos` successes and failures of a task, every step, in a larger picture with the stage on it."""
 
-    def __init__(self, args: EvaluateArguments, task: str, stack: ExitStack):
-        self.args, self.task, self.stack, self.camera = args, task, stack, None
-        self.folder = Path(args.output_dir) / "videos" / task
+    def __init__(self, task: str, folder: Path, videos: int, stack: ExitStack, **varied: Any):
+        self.task, self.folder, self.videos, self.stack, self.varied = task, folder, videos, stack, varied
+        self.camera = None
 
     def __call__(self, trajectories: list) -> None:
         for trajectory in trajectories:
             outcome = "success" if trajectory.success_once else "failure"
-            if len(list(self.folder.glob(f"*_{outcome}_*.mp4"))) < self.args.videos:
+            if len(list(self.folder.glob(f"*_{outcome}_*.mp4"))) < self.videos:
                 if self.camera is None:
-                    env = make_env(self.task, 1, chunk_size=1, image_size=256, visuals=self.args.visuals)
+                    env = make_env(self.task, 1, chunk_size=1, image_size=256, **self.varied)
                     self.camera = self.stack.enter_context(closing(env))
                 film_episode(self.camera, trajectory, get_plan(self.task), self.folder)
 

@@ -148,7 +148,9 @@ def main(args: IPIArguments) -> None:
                     else:
                         interact(args, configs[phase], checkpoint, env, plan)
             with watch(f"{phase}: evaluation"):
-                evaluate_phase(args, phase, env, plan, started_from=checkpoint)
+                is_plain = not getattr(configs[phase], "stage_aware", True)
+                method = "PPO in the simulator, its rewards not shaped by stages." if is_plain else None
+                evaluate_phase(args, phase, env, plan, started_from=checkpoint, method=method)
             done.append(phase)
             report(args, watch.seconds)
         with watch("videos"):
@@ -270,7 +272,7 @@ def save_phase(args: IPIArguments, phase: str, trainer: Any, env_steps: int, see
     PartialState().wait_for_everyone()
 
 
-def evaluate_phase(args: IPIArguments, phase: str, env: Any, plan: Any, started_from: str | None) -> None:
+def evaluate_phase(args: IPIArguments, phase: str, env: Any, plan: Any, **card: str | None) -> None:
     """Evaluate the checkpoint, as it loads, on the held-out seeds, and write its card; the phase is then done."""
     if not PartialState().is_main_process:
         return
@@ -292,7 +294,7 @@ def evaluate_phase(args: IPIArguments, phase: str, env: Any, plan: Any, started_
         result=result,
         task=args.task,
         visuals=env.metadata["visuals"],
-        started_from=started_from,
+        **card,
         usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
     )
     done = {"result": result.to_dict(), "history": training["history"], "pair_yield": training.get("pair_yield")}

@@ -2,12 +2,13 @@
 
     accelerate launch recipes/ppo.py --model outputs/ipi/preference --output_dir outputs/ppo --num_train_epochs 20
     accelerate launch recipes/ppo.py --config recipes/configs/ppo_smoke.yaml --output_dir outputs/ppo_smoke
-    accelerate launch --config_file recipes/accelerate/cpu2.yaml recipes/ppo.py --config recipes/configs/ppo_smoke.yaml
+    accelerate launch --config_file recipes/accelerate/cpu2.yaml --max_restarts 2 recipes/ppo.py --config recipes/configs/ppo_smoke.yaml
 
 Every field of `StagePPOConfig` is a flag (`--stage_aware False` is plain PPO), or a line of a file given as `--config FILE`. The
 same command with the same `--output_dir` continues where it stopped: killed at any moment, the run ends with the same weights.
+LoRA is `--use_peft --lora_target_modules all-linear`; an adapter that `--model` brings along is first merged, into `OUTPUT_DIR/base`.
 The trained policy is in `OUTPUT_DIR/policy`, with its evaluation on its card; the episodes it learned from are listed in
-`OUTPUT_DIR/episodes.jsonl`.
+`OUTPUT_DIR/episodes.jsonl`. Several processes, and what is in that file: docs/interaction.md.
 """
 
 import logging
@@ -19,8 +20,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import set_seed
-from trl import TrlParser
+from transformers.utils import find_adapter_config_file
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_stare import (
     StagePPOConfig,
@@ -36,6 +39,7 @@ from trl_stare.data import demonstrate_successes, load_trajectories, save_trajec
 from trl_stare.envs import get_simulated_task
 from trl_stare.evaluation import write_episodes, write_model_card
 from trl_stare.policies import norm_stats
+from trl_stare.policies.adapters import merge_adapter
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import preset_fields
 
@@ -79,7 +83,7 @@ class PPOArguments:
             )
 
 
-def main(args: PPOArguments, config: StagePPOConfig) -> None:
+def main(args: PPOArguments, config: StagePPOConfig, model_args: ModelConfig) -> None:
     """Train, save, evaluate."""
     import_tasks(args.task_module)
     plan, out = get_plan(args.task), Path(config.output_dir)
@@ -87,7 +91,7 @@ def main(args: PPOArguments, config: StagePPOConfig) -> None:
         if not (out / "initial").exists():
             imitate(args, config, plan)
     set_seed(config.seed)
-    policy = TokenPolicy.from_pretrained(args.model or out / "initial", args.unnorm_key)
+    policy = load(args, model_args, out)
     starts = Dataset.from_dict({"seed": range(TRAIN_SEEDS, TRAIN_SEEDS + args.num_starts)})
     held_out = Dataset.from_dict({"seed": range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes)})
     with closing(make(args, policy.chunk_size)) as env:
@@ -98,6 +102,32 @@ def main(args: PPOArguments, config: StagePPOConfig) -> None:
             if trainer.is_world_process_zero():
                 report(args, config, trainer)
     trainer.end()
+
+
+def load(args: PPOArguments, model_args: ModelConfig, out: Path) -> TokenPolicy:
+    """The checkpoint, under a new adapter if one was asked for."""
+    checkpoint, peft_config = args.model or out / "initial", get_peft_config(model_args)
+    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    if peft_config is None:
+        return TokenPolicy.from_pretrained(checkpoint, args.unnorm_key, **options)
+    peft_config.task_type = None  # PEFT's tasks are those of text models
+    if find_adapter_config_file(checkpoint) is not None:
+        # an adapter's folder names what lies under it: that has to be a checkpoint too
+        checkpoint = merge(checkpoint, args.unnorm_key, out / "base", options)
+    policy = TokenPolicy.from_pretrained(checkpoint, args.unnorm_key, **options)
+    policy.model = get_peft_model(policy.model, peft_config)
+    return policy
+
+
+def merge(adapter: str | Path, unnorm_key: str | None, folder: Path, options: dict[str, Any]) -> Path:
+    """Write the whole weights of `adapter` and its base to `folder`, unless they are there."""
+    with PartialState().local_main_process_first():
+        if not folder.exists():
+            policy = TokenPolicy.from_pretrained(adapter, unnorm_key, **options)
+            policy.model = merge_adapter(policy.model)
+            policy.save_pretrained(folder.with_suffix(".part"))
+            folder.with_suffix(".part").rename(folder)
+    return folder
 
 
 def imitate(args: PPOArguments, config: StagePPOConfig, plan: Any) -> None:
@@ -138,6 +168,7 @@ def report(args: PPOArguments, config: StagePPOConfig, trainer: StagePPOTrainer)
         task=args.task,
         visuals=env.metadata["visuals"],
         started_from=args.model or f"a small VLA that imitated {args.demonstrations} scripted demonstrations",
+        method=None if config.stage_aware else "PPO in the simulator, its rewards not shaped by stages.",
         usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
     )
     logger.info("success_once %.3f of %d held-out episodes", result.success_once, len(episodes))
@@ -155,14 +186,14 @@ def make(args: PPOArguments, chunk_size: int) -> Any:
     )
 
 
-def parse() -> tuple[PPOArguments, StagePPOConfig]:
+def parse() -> tuple[PPOArguments, StagePPOConfig, ModelConfig]:
     """`--config FILE`, flags over it, and the preset below both."""
-    parser = TrlParser((PPOArguments, StagePPOConfig))
-    args, config = parser.parse_args_and_config()
-    if args.preset is not None:
-        parser.set_defaults(**preset_fields(args.preset))
-        args, config = parser.parse_args_and_config()
-    return args, config
+    parser = TrlParser((PPOArguments, StagePPOConfig, ModelConfig))
+    parsed = parser.parse_args_and_config()
+    if parsed[0].preset is not None:
+        parser.set_defaults(**preset_fields(parsed[0].preset))
+        parsed = parser.parse_args_and_config()
+    return parsed
 
 
 if __name__ == "__main__":

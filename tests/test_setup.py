@@ -34,7 +34,7 @@ def declared(variable: str) -> list[str] | dict[str, list[str]]:
 def test_lock_satisfies_setup():
     pins = {canonical(name): version for name, version in LOCK.items()}
     extras = declared("EXTRAS")
-    for line in [*declared("BASE"), *extras["maniskill"], *extras["test"]]:
+    for line in [*declared("BASE"), *extras["maniskill"], *extras["serve"], *extras["test"]]:
         requirement = Requirement(line)
         assert requirement.specifier.contains(pins[canonical(requirement.name)], prereleases=True), line
 

@@ -22,6 +22,7 @@ _PUBLIC = {
     "get_plan": "trl_stare.stages",
     "TokenPolicy": "trl_stare.policies",
     "HFVLMPolicy": "trl_stare.policies",
+    "FlowPolicy": "trl_stare.policies",
     "OpenVLAConfig": "trl_stare.policies",
     "OpenVLAForActionPrediction": "trl_stare.policies",
     "OpenVLAProcessor": "trl_stare.policies",

@@ -23,11 +23,15 @@ ADAPTER_CONFIG_NAME = "policy_config.json"
 transformers would look for the whole model there."""
 
 
+NOMINAL = "nominal"
+"""What the `metadata` of a [`VectorEnv`] and results say of a task that was played as it is, without a variation."""
+
+
 class Observation(NamedTuple):
     """What a policy may see.
 
     Attributes:
-        images (`Tensor`): `[N, H, W, 3]` uint8, RGB.
+        images (`Tensor`): `[N, H, W, 3]` uint8, RGB; `[N, cameras, H, W, 3]` for a policy that asks for several.
         instructions (`tuple[str, ...]`): `N` instructions.
         state (`Tensor` or `None`): `[N, P]` float32 proprioception, in metres, unit quaternions (wxyz) and radians.
     """
@@ -61,11 +65,13 @@ class VoidEpisode(NamedTuple):
         episode (`int`): index into the starts given to `reset`.
         step (`int`): after how many environment steps, those of its [`EpisodeStart`] included.
         what (`str`): the value, e.g. `"signals['object_position']"`.
+        env (`int`): row of the environments that was playing it.
     """
 
     episode: int
     step: int
     what: str
+    env: int = 0
 
 
 class Work(NamedTuple):
@@ -136,8 +142,10 @@ class ActionSample(NamedTuple):
 
     Attributes:
         actions (`Tensor`): `[N, C, A]` float32, robot units (what the controller takes).
-        trace (`Tensor`): `[N, L]` int64, the action as the policy sampled it (bin indices of a token policy).
-        logps (`Tensor`): `[N, L]` float32, log-probabilities under the sampling distribution, temperature included.
+        trace (`Tensor`): `[N, L]` int64 >= 0, the action as the policy sampled it: bin indices of a token policy. A flow policy's is
+            longer than its `logps`, `C` records of the denoising chain.
+        logps (`Tensor`): `[N, L]` float32, log-probabilities under the sampling distribution, temperature included; of a flow
+            policy log-densities, `L = C * A`.
         features (`Tensor`): `[N, F]` float32, the hidden state a value head may read.
     """
 
@@ -152,7 +160,7 @@ class ActionEval(NamedTuple):
 
     Attributes:
         logps (`Tensor`): `[N, L]`; equals [`ActionSample`]'s at equal weights and temperature.
-        entropies (`Tensor`): `[N, L]`, nats.
+        entropies (`Tensor`): `[N, L]`, nats; differential ones, which may be negative, of a flow policy.
         features (`Tensor`): `[N, F]`.
     """
 
@@ -169,6 +177,7 @@ class VLAPolicy(Protocol):
         model (`torch.nn.Module`): the trainable module (a `PreTrainedModel`, maybe wrapped by PEFT, DDP or DeepSpeed).
         processor (`ProcessorMixin`): saved beside the model.
         chunk_size (`int`): `C`. action_dim (`int`): `A`.
+        num_features (`int`, *optional*): `F`, where it is not the language model's hidden size.
     """
 
     model: torch.nn.Module
@@ -186,12 +195,15 @@ class VLAPolicy(Protocol):
         """Score `trace` again, differentiably."""
 
     def score(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
-        """`[N]`: what a preference loss compares, the log-likelihood of the whole chunk at temperature 1."""
+        """`[N]`: what a preference loss compares, a function of weights and arguments alone.
+
+        The log-likelihood of the whole chunk at temperature 1, or minus the error of flow matching at fixed noises and times.
+        """
 
     def imitation_loss(
         self, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor, weight: Tensor | None = None
     ) -> Tensor:
-        """Scalar, differentiable: how badly the tokens of `trace` in `mask` `[N, L]` are imitated.
+        """Scalar, differentiable: how badly the entries of `trace` in `mask` `[N, L]` are imitated.
 
         Mean over rows, or weighted by `weight` `[N]`.
         """
@@ -212,7 +224,7 @@ class VectorEnv(Protocol):
     Attributes:
         num_envs (`int`): `N`. task (`str`): registered task name. instruction (`str`).
         max_episode_steps (`int`): the time limit in environment steps. signal_names (`tuple[str, ...]`).
-        metadata (`dict`): what a result must record: backend, visuals, image size, versions.
+        metadata (`dict`): what a result must record: backend, visuals, image size, variation, versions.
     """
 
     num_envs: int

@@ -99,6 +99,9 @@ class Halves:
 
     chunk_size, action_dim = 3, 1
 
+    def encode(self, actions):
+        return (2 * actions).long().flatten(1)
+
     def decode(self, trace):
         return trace[..., None] / 2
 

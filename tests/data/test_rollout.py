@@ -118,7 +118,7 @@ def test_a_void_episode_is_an_error_or_told_of():
     assert [t.seed for t in seen] == [1]  # what was finished before has been handed over
     played = collect(env, actor(env.log), [1, 13, 2, 3], name="nobody", on_void=lambda *void: told.append(void))
     assert [t.seed for t in played] == [1, 2, 3]
-    assert told == [(EpisodeStart(13), VoidEpisode(1, 1, "signals['count']"))]
+    assert told == [(EpisodeStart(13), VoidEpisode(1, 1, "signals['count']", env=1))]
 
 
 def test_seconds_of_the_average_worker_sum_to_the_time_it_took():

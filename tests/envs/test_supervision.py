@@ -157,19 +157,21 @@ def test_memory_of_a_process_is_read():
 # ---- episodes that the simulator spoils
 
 
-def spoiled(at: dict[int, int]) -> WorkerVectorEnv:
-    """Two environments in this process; the object of seed `s` is nowhere after `at[s]` steps."""
-    given = get_simulated_task(TASK)
+def spoiled(at: dict[int, int], bugs: dict[int, Exception] | None = None, num_workers: int = 0) -> WorkerVectorEnv:
+    """Two environments; the object of seed `s` is nowhere after `at[s]` steps, and seed `s` meets the error `bugs[s]` in its code."""
+    given, bugs = get_simulated_task(TASK), bugs or {}
 
     def signals(env, info):
-        read = given.signals(env, info)
-        if int(env._elapsed_steps[0]) == at.get(int(env._episode_seed[0])):
+        read, seed = given.signals(env, info), int(env._episode_seed[0])
+        if seed in bugs:
+            raise bugs[seed]
+        if int(env._elapsed_steps[0]) == at.get(seed):
             read["object_position"] = read["object_position"] * float("nan")
         return read
 
     task = replace(given, signals=signals)
     return WorkerVectorEnv(
-        task, num_envs=2, num_workers=0, chunk_size=10, image_size=16, visuals="light", device="cpu"
+        task, num_envs=2, num_workers=num_workers, chunk_size=10, image_size=16, visuals="light", device="cpu"
     )
 
 
@@ -190,3 +192,30 @@ def test_void_episodes_are_told_of_and_the_others_stay():
     assert all(torch.isfinite(value).all() for t in played for value in t.signals.values())
     # one process: what it does not simulate or render, it acts or keeps books
     assert timing.simulate_s > 0 and timing.render_s > 0 and 0 < timing.idle_s < timing.total_s
+
+
+def test_void_episodes_and_errors_of_worker_processes():
+    """Worker 0 plays episodes 0, 2 and 4 of the starts, worker 1 those between: an environment each."""
+    told = []
+    with closing(spoiled({4: 0, 5: 13}, {9: KeyError("cube"), 10: ValueError("no cube")}, num_workers=2)) as env:
+        played = collect(env, chance(), STARTS, name="chance", on_void=lambda *void: told.append(void))
+        assert [(t.seed, t.env) for t in played] == [(3, 0), (6, 1), (7, 0)]
+        assert sorted((start.seed, void.step, void.env) for start, void in told) == [(4, 0, 1), (5, 13, 0)]
+        assert all(torch.isfinite(value).all() for t in played for value in t.signals.values())
+        pids = [worker.pid for worker in env.workers]
+        with pytest.raises(
+            RuntimeError, match=r"(?s)task 'StackCube-v1' failed while it played seeds \[9\].*KeyError: 'cube'"
+        ):
+            env.reset([3, 9])
+        with pytest.raises(ValueError, match="no cube"):
+            env.reset([3, 10])
+        assert env.reset([3, 6]).episode.tolist() == [0, 1]
+        assert [worker.pid for worker in env.workers] == pids  # they are as good as before
+
+
+def test_errors_of_the_simulator_in_this_process_name_the_seeds():
+    with closing(spoiled({}, {9: RuntimeError("lost")})) as env:
+        with pytest.raises(
+            RuntimeError, match=r"(?s)'StackCube-v1' failed while it played seeds \[9\].*RuntimeError: lost"
+        ):
+            env.reset([3, 9])

@@ -53,6 +53,15 @@ def test_the_text_says_n_intervals_stages_seeds_and_use(tmp_path):
         assert part in text
 
 
+def test_the_method_names_no_policy_that_it_may_not_have_started_from(tmp_path):
+    for started_from in ("outputs/imitation", "user/some-vla"):
+        card = write(tmp_path, phase="interaction", started_from=started_from)
+        assert "trained with trl-stare: stage-aware PPO (StA-PPO) in the simulator." in card.text
+        assert f"| started from | `{started_from}` |" in card.text and "preference policy" not in card.text
+    plain = write(tmp_path, phase="interaction", method="PPO in the simulator.")
+    assert "trained with trl-stare: PPO in the simulator." in plain.text
+
+
 def test_a_phase_read_from_results_gives_the_same_card(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -118,6 +118,7 @@ def test_only_common_starts_that_nothing_spoiled_are_compared():
         ({"sim_backend": "physx_cuda"}, "sim_backend"),
         ({"render_backend": "sapien_cuda"}, "render_backend"),
         ({"visuals": "stock"}, "visuals"),
+        ({"variation": "camera/shift"}, "variation"),
         ({"max_episode_steps": 10}, "max_episode_steps"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from flow_toy import make_flow
 from openvla_toy import make_openvla
 
 from trl_stare.policies import StareVLAPolicy
@@ -42,6 +43,14 @@ class TestOpenVLAOnTheBridgeTasks(PolicyConformance):
     def test_the_gripper_is_the_robots(self, policy):
         _, sample = self.sample(policy, self.make_obs(*["stack"] * 8))
         assert set(sample.actions[..., 6].flatten().tolist()) == {-1.0, 1.0}
+
+
+class TestFlow(PolicyConformance):
+    image_size, state_size, acts_in_tokens = 28, 8, False
+
+    @pytest.fixture(scope="class")
+    def policy(self):
+        return make_flow()
 
 
 def broken_logps(policy):

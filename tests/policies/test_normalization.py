@@ -19,7 +19,7 @@ from trl_stare.policies.conventions import (
     wxyz_to_xyzw,
     xyzw_to_wxyz,
 )
-from trl_stare.policies.normalization import ActionStatistics, BinnedActions
+from trl_stare.policies.normalization import ActionStatistics, BinnedActions, quantile_statistics
 
 
 def statistics(**stats) -> ActionStatistics:
@@ -163,3 +163,10 @@ def test_conventions_are_named_and_fit_seven_values():
         get_convention("mars")
     with pytest.raises(ValueError, match=r"got \[14\]"):
         get_convention("bridge").to_robot(torch.zeros(14))
+
+
+def test_statistics_of_demonstrations_leave_out_what_never_moves():
+    values = torch.stack([torch.arange(101.0), torch.full((101,), 7.0)], dim=1)
+    assert quantile_statistics(values) == {"q01": [1.0, 7.0], "q99": [99.0, 7.0], "mask": [True, False]}
+    bins = BinnedActions(statistics(**quantile_statistics(values)))
+    assert bins.decode(bins.encode(torch.tensor([50.0, 0.0]))).tolist() == pytest.approx([50.0, 0.0])

@@ -290,6 +290,12 @@ def test_an_adapter_is_saved_with_its_own_config_and_fits_its_base_only(policy, 
     assert not torch.equal(loaded.score(inputs, trace), policy.score(inputs, trace))
     torch.testing.assert_close(loaded.score(inputs, trace), trained.score(inputs, trace))
     assert loaded.decode(trace)[0, 0, 6] == -1 and torch.equal(loaded.decode(trace), trained.decode(trace))
+    # merged it is a checkpoint like any other
+    loaded.model = merge_adapter(loaded.model)
+    loaded.save_pretrained(tmp_path / "merged")
+    merged = TokenPolicy.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged.score(inputs, trace), trained.score(inputs, trace), atol=1e-3, rtol=1e-4)
+    assert merged.model.state_dict().keys() == policy.model.state_dict().keys()
     make_openvla(text_config={"hidden_size": 32}).save_pretrained(other)
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(other)}))

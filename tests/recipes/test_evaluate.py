@@ -83,9 +83,34 @@ def test_the_same_command_gives_the_same_bytes_and_no_difference(checkpoint, tmp
     assert "not distinguishable at n = 4, and no difference was seen" in (tmp_path / "ab.md").read_text()
 
 
+def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_path, monkeypatch):
+    flags = ["--model", checkpoint, "--task", TASK, "--episodes", 2, "--num_envs", 2, "--num_workers", 1]
+    flags += ["--videos", 0, "--variations", "action/latency", "--output_dir", tmp_path]
+    call(monkeypatch, "evaluate", *flags)
+    folders = tmp_path / "nominal", tmp_path / "action" / "latency"
+    infos = [json.loads((folder / "eval_info.json").read_text()) for folder in folders]
+    assert [info["per_task"][0]["metrics"]["environment"]["variation"] for info in infos] == [
+        "nominal",
+        "action/latency",
+    ]
+    rows = [read_played(folder / "episodes" / f"{TASK}.parquet") for folder in folders]
+    assert [[(row.result.seed, row.variation) for row in played] for played in rows] == [
+        [(0, "nominal"), (1, "nominal")],
+        [(0, "action/latency"), (1, "action/latency")],
+    ]
+    assert "Variation: action/latency." in (folders[1] / "eval_info.md").read_text()
+    assert "| action/latency | actions come 2 steps late | 2 |" in (tmp_path / "robustness.md").read_text()
+
+    recipe = load("compare")
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, folders)])
+    with pytest.raises(ValueError, match="got other variation: .*nominal.*action/latency"):
+        recipe.main(recipe.parse())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--model", "expert", "--task", TASK, "--variations", "light/dimm"], "Did you mean 'light/dim'"),
         (["--model", "expert"], "one of `task` and `suite` must be given"),
         (["--model", "expert", "--task", TASK, "--success_rule", "x"], "`success_rule` must be one of"),
         (["--model", "no/such/folder", "--task", TASK], "there is no such folder"),

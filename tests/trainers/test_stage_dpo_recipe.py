@@ -1,4 +1,4 @@
-"""recipes/dpo.py on toy folders: full fine-tuning, LoRA, continuing; one process and two of DDP, FSDP, ZeRO-2 and ZeRO-3."""
+"""recipes/dpo.py on toy folders: full fine-tuning, LoRA, continuing; one process and two of DDP, ZeRO-2 and ZeRO-3."""
 
 import importlib.util
 import json
@@ -155,7 +155,7 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_is_made(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
 def test_two_processes_have_the_losses_of_one(recipe, folders, tmp_path, name):
     """The same global batch: two pairs in one process, or one pair in each of two."""
     if name.startswith("zero"):

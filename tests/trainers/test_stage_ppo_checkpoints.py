@@ -9,13 +9,14 @@ import pytest
 import torch
 from stage_ppo_toy import make_run
 
+from trl_stare.interfaces import EpisodeStart, VoidEpisode
 from trl_stare.trainers.checkpointing import (
     checkpoint_problems,
     latest_valid_checkpoint,
     sole_run,
     write_manifest,
 )
-from trl_stare.trainers.ledger import EpisodeLedger, transitions_digest
+from trl_stare.trainers.ledger import EpisodeLedger, transitions_digest, void_row
 
 
 def make_checkpoints(folder: Path, *steps: int) -> None:
@@ -89,6 +90,12 @@ def test_a_second_run_in_the_folder_is_refused_by_name_and_a_later_one_is_not(tm
     process.join()
     with sole_run(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_the_line_of_a_spoiled_episode_counts_the_steps_of_the_policy_only():
+    """Seed 7 began after 20 replayed actions, in environment 3, and was spoiled with step 26."""
+    row = void_row("toy", EpisodeStart(7, torch.zeros(20, 1)), VoidEpisode(0, 26, "state", env=3))
+    assert row == {"env": 3, "seed": 7, "task": "toy", "prefix_steps": 20, "length": 6, "void": "state"}
 
 
 def test_a_ledger_is_cut_back_and_its_losses_are_noticed(tmp_path):

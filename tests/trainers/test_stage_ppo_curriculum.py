@@ -152,6 +152,13 @@ def test_training_with_it_resumes_exactly(tmp_path):
     whole.train()
     state = whole.curriculum.state_dict()
     assert len(state["pools"][1]) > 0 and logged(whole, "rollout/reset_success_once")
+    rows = [json.loads(line) for line in whole.ledger.path.read_text().splitlines()]
+    begun = [row for row in rows if row["prefix_steps"]]
+    assert len(begun) == 16 and {row["start_stage"] for row in begun} == {
+        "Hit"
+    }  # half of the second and third rollout
+    assert all(row["prefix_steps"] + row["length"] <= 6 for row in begun)
+    assert sum(row["length"] for row in rows) == whole.env_steps
     resumed = make_trainer(tmp_path / "whole", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
     assert resumed.curriculum.state_dict() == state

@@ -19,7 +19,13 @@ from stage_ppo_toy import FaultyTrainer, make_run, run
 from test_stage_ppo_resume import assert_same_run, weights_of
 
 from trl_stare.data import play
-from trl_stare.trainers.processes import Rendezvous, gather_rows, global_moments, gradient_weights
+from trl_stare.trainers.processes import (
+    Rendezvous,
+    gather_rows,
+    global_moments,
+    gradient_weights,
+    meet_anew_after_restart,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -159,13 +165,38 @@ def test_a_rank_that_hangs_in_its_rollout_ends_the_job_by_name(tmp_path):
     assert time.monotonic() - began > 5
 
 
+def test_processes_started_again_meet_elsewhere_than_those_that_died(monkeypatch):
+    launcher = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(launcher.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    meet_anew_after_restart()
+    assert os.environ["MASTER_PORT"] == str(launcher.port)  # none has died yet
+    found = []
+    for rank in (0, 1):
+        for name, value in {
+            "RANK": str(rank),
+            "TORCHELASTIC_RESTART_COUNT": "1",
+            "MASTER_PORT": str(launcher.port),
+        }.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        meet_anew_after_restart()
+        found.append((os.environ["MASTER_PORT"], os.environ["TORCHELASTIC_USE_AGENT_STORE"]))
+    assert found[0] == found[1] and found[0][0] != str(launcher.port) and found[0][1] == "False"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_launcher_names_the_dead_rank_and_starts_both_again(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu2.yaml"]
     program = str(Path(__file__).with_name("stage_ppo_toy.py"))
     launch += ["--main_process_port", str(free_port())]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     kill = [program, str(tmp_path / "killed"), "--die", "kill:update:6", "--rank", "1"]
     done = subprocess.run([*launch, *kill], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode != 0 and "rank      : 1" in done.stderr and "SIGKILL" in done.stderr, done.stderr[-3000:]

@@ -54,6 +54,7 @@ def test_the_run_learns_and_its_ledger_lists_every_episode(whole):
     assert sorted(row["seed"] for row in rows) == [*range(40)]
     assert [row["iteration"] for row in rows] == [i for i in range(4) for _ in range(10)]
     assert len({row["digest"] for row in rows}) > 1 and {row["start_stage"] for row in rows} == {"Near"}
+    assert {row["env"] for row in rows} == {0, 1, 2, 3} and {row["prefix_steps"] for row in rows} == {0}
     logged = [entry for entry in history_of(whole / f"checkpoint-{LAST}") if "rollout/success_once" in entry]
     for iteration, entry in enumerate(logged):
         mine = [row for row in rows if row["iteration"] == iteration]

@@ -127,14 +127,16 @@ def test_accumulating_two_halves_is_one_update(tmp_path):
         torch.testing.assert_close(value, weights[2][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_an_adapter_learns_with_the_critic_beside_it_and_resumes_exactly(tmp_path):
-    def start(**options):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_adapter_learns_with_the_critic_beside_it_and_resumes_exactly(tmp_path, bf16):
+    def start():
         policy = make_policy()
         torch.manual_seed(1)
         policy.model = get_peft_model(policy.model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
         return make_trainer(
-            tmp_path, policy=policy, critic="shared", kl_coef=0.1, num_train_epochs=3, save_strategy="epoch", **options
-        )
+            tmp_path, policy=policy, critic="shared", kl_coef=0.1, num_train_epochs=3, save_strategy="epoch",
+            bf16=bf16, recompute_logps=bf16,
+        )  # fmt: skip
 
     whole = start()
     first = copy.deepcopy(whole.model.state_dict())

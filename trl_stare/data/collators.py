@@ -93,7 +93,7 @@ def check_traces(trajectories: Sequence[Trajectory], policy: VLAPolicy, *, episo
                 f"`trajectories[{index}]` must have a trace, got None. Use rollouts of a policy, not of an expert."
             )
         taken = trajectory.bounds.diff()
-        length = policy.chunk_size * policy.action_dim
+        length = policy.encode(torch.zeros(1, policy.chunk_size, policy.action_dim)).shape[1]
         same = trajectory.trace.shape[1] == length and int(taken.max()) <= policy.chunk_size
         if same:
             chunks = policy.decode(trajectory.trace)

@@ -32,8 +32,9 @@ class Moment(NamedTuple):
 
 @dataclass
 class Recorder:
-    """Collects one running episode (-1: none); tensors are cut out of the batches only when it ends."""
+    """Collects one running episode (-1: none) of environment `env`; tensors are cut out of the batches only when it ends."""
 
+    env: int
     episode: int
     first_signals: Signals
     moments: list[Moment] = field(default_factory=list)
@@ -71,6 +72,7 @@ class Recorder:
             terminated=bool(last.terminated[row]),
             truncated=bool(last.truncated[row]),
             prefix=start.actions,
+            env=self.env,
         )
 
     def _answers(self, name: str) -> Tensor | None:

@@ -234,7 +234,8 @@ def stream(
             step = part.wait(starts, timing)
             for recorder in part.record(step):
                 yield recorder.episode, recorder.finish(env, starts[recorder.episode], name)
-            _tell_of(step.voided, env.task, starts, on_void)
+            voided = [void._replace(env=part.first_row + void.env) for void in step.voided]
+            _tell_of(voided, env.task, starts, on_void)
             part.act(act, starts, timing)
     timing.idle_s += time.perf_counter() - began - (timing.total_s - before)
 
@@ -256,13 +257,16 @@ class _Part:
     """A part of the environments, its running episodes, and what the actor last decided there."""
 
     def __init__(self, env: VectorEnvPart | _Whole, start: Start, rows: Tensor, *, share: float):
-        self.env, self.share = env, share
+        self.env, self.share, self.first_row = env, share, int(rows[0])
         self.obs, self.signals, self.episode = (
             rows_of(start.obs, rows),
             row_of(start.signals, rows),
             start.episode[rows],
         )
-        self.recorders = [Recorder(int(e), row_of(self.signals, i)) for i, e in enumerate(self.episode)]
+        self.recorders = [
+            Recorder(env, int(e), row_of(self.signals, i))
+            for i, (env, e) in enumerate(zip(rows.tolist(), self.episode, strict=True))
+        ]
         self.is_running = True
 
     def act(self, act: Actor, starts: Sequence[EpisodeStart], timing: Timing) -> None:
@@ -295,7 +299,7 @@ class _Part:
             if step.episode[i] != self.recorders[i].episode:
                 if step.terminated[i] or step.truncated[i]:
                     ended.append(self.recorders[i])
-                self.recorders[i] = Recorder(int(step.episode[i]), row_of(step.signals, i))
+                self.recorders[i] = Recorder(self.recorders[i].env, int(step.episode[i]), row_of(step.signals, i))
         self.obs, self.signals, self.episode = step.obs, step.signals, step.episode
         return ended
 

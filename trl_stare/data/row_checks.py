@@ -86,12 +86,18 @@ def _length_problems(cells: Mapping[str, Any]) -> Iterator[str]:
         if cells[name] is not None and len(cells[name]) != length:
             yield f"`{name}` must have length {length}, got {len(cells[name])}"
     same = [("labels", "actions"), ("final_state", "state"), ("final_image", "images")]
-    if cells["trace"] is not None and cells["logps"] is not None:
+    if cells["trace"] is not None and cells["logps"] is not None and not _is_recorded(cells):
         same.append(("logps", "trace"))
     for one, other in same:
         widths = [tuple(cells[name].shape[0 if name.startswith("final") else 1 :]) for name in (one, other)]
         if widths[0] != widths[1]:
             yield f"`{one}` must have the shape of `{other}`, got {widths[0]} for {widths[1]}"
+
+
+def _is_recorded(cells: Mapping[str, Any]) -> bool:
+    """Whether `trace` is a flow policy's: per environment step one log-probability a dimension, and a longer record of the chain."""
+    trace, logps, action_dim = (cells[name].shape[-1] for name in ("trace", "logps", "actions"))
+    return trace > logps > 0 and logps % action_dim == 0 and trace % (logps // action_dim) == 0
 
 
 def _number_problems(cells: Mapping[str, Any]) -> Iterator[str]:

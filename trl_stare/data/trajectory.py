@@ -33,6 +33,7 @@ class Trajectory:
         terminated (`bool`): the task ended the episode. truncated (`bool`): the time limit did.
         prefix (`Tensor` or `None`): `[P, A]` float32, the actions of the episode's [`~trl_stare.interfaces.EpisodeStart`],
             executed before the first look. Everything above begins after them; the time limit counts them.
+        env (`int` or `None`): row of the environments that played it; not stored in datasets.
 
     `success_once` and `success_at_end` read the `"success"` signal, the environment's own.
     """
@@ -56,6 +57,7 @@ class Trajectory:
     terminated: bool
     truncated: bool
     prefix: Tensor | None = None
+    env: int | None = None
 
     @property
     def num_steps(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from multiprocessing import parent_process
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from trl_stare.envs.maniskill import Simulator, time_limit
 from trl_stare.envs.registry import SimulatedTask
+from trl_stare.envs.variations import Variation
+from trl_stare.envs.worker import FAILURES
 
 _BOUNDS = {
     np.uint8: (0, 255),
@@ -23,6 +26,9 @@ _BOUNDS = {
     np.int64: (-1, np.iinfo(np.int64).max),
     np.float32: (-np.inf, np.inf),
 }
+
+BUGS = (LookupError, TypeError, AttributeError, NameError, AssertionError, ArithmeticError, ImportError)
+"""What Python and torch raise where the code of a task is wrong."""
 
 STATE_SIZE = 8
 """TCP position (3), TCP quaternion (4, wxyz), gripper opening (1): what [`Simulator.state`] returns."""
@@ -35,13 +41,14 @@ class EpisodeGroup(gym.Env):
     Gymnasium's `AsyncVectorEnv` runs it in a process and moves the arrays through shared memory. Everything that a decision
     produces, also rewards and ends, is therefore part of the observation; the scalar reward is unused. `info` tells of
     `"render_s"` and `"busy_s"` (seconds), `"left"` (length of the queue), and if need be `"voided"` (a list of
-    [`~trl_stare.interfaces.VoidEpisode`]'s fields) or `"error"` (a text for a `ValueError`).
+    [`~trl_stare.interfaces.VoidEpisode`]'s fields), `"error"` (a text for a `ValueError`) or `"crash"` (one for a `RuntimeError`).
 
     Args:
         task ([`SimulatedTask`]): what to simulate.
         num_envs (`int`): `M`.
         chunk_size (`int`): `C`, environment steps per decision.
-        image_size (`int`, *optional*), visuals (`str`), device (`str`): see [`Simulator`].
+        image_size (`int`, *optional*), visuals (`str`), device (`str`), variation ([`Variation`], *optional*): see
+            [`Simulator`].
     """
 
     def __init__(
@@ -53,11 +60,13 @@ class EpisodeGroup(gym.Env):
         image_size: int | None,
         visuals: str,
         device: str,
+        variation: Variation | None = None,
     ):
         if parent_process() is not None:
             torch.set_num_threads(1)  # the workers share the cores; the trainer's own process keeps its threads
         batch = num_envs if device == "cuda" else 1
-        self._make = partial(Simulator, task, num_envs=batch, image_size=image_size, visuals=visuals, device=device)
+        shown = {"image_size": image_size, "visuals": visuals, "variation": variation}
+        self._make = partial(Simulator, task, num_envs=batch, device=device, **shown)
         self.simulators: list[Simulator] = []
         self.task, self.batch, self.num_envs, self.chunk_size = task, batch, num_envs, chunk_size
         self.max_episode_steps = time_limit(task)
@@ -90,7 +99,7 @@ class EpisodeGroup(gym.Env):
         for index in range(len(self.simulators)):
             rows = torch.arange(index * self.batch, (index + 1) * self.batch)
             chosen = [episodes[row] for row in rows]
-            self._guarded(self._begin, index, rows[torch.tensor(chosen) >= 0], [e for e in chosen if e >= 0])
+            self._guarded(index, self._begin, rows[torch.tensor(chosen) >= 0], [e for e in chosen if e >= 0])
         return self.arrays, self._info(began)
 
     def step(self, action: np.ndarray):
@@ -101,7 +110,7 @@ class EpisodeGroup(gym.Env):
         for name in ("num_steps", "terminated", "truncated"):
             self.record[name][:] = 0
         for index in range(len(self.simulators)):
-            self._guarded(self._step_simulator, index, chunk)
+            self._guarded(index, self._step_simulator, chunk)
         return self.arrays, 0.0, False, False, self._info(began)
 
     def close(self) -> None:
@@ -110,20 +119,31 @@ class EpisodeGroup(gym.Env):
             simulator.close()
 
     def _take_note(self) -> float:
-        self._render_s, self._voided, self._error = 0.0, [], None
+        self._render_s, self._voided, self._error, self._crash = 0.0, [], None, None
         return time.perf_counter()
 
     def _info(self, began: float) -> dict[str, Any]:
         info = {"busy_s": time.perf_counter() - began, "render_s": self._render_s, "left": len(self.queue)}
-        told = {"voided": self._voided, "error": self._error}
+        told = {"voided": self._voided, "error": self._error, "crash": self._crash}
         return info | {name: value for name, value in told.items() if value}
 
-    def _guarded(self, play: Any, *args: Any) -> None:
-        """A `ValueError` is what the caller gave; raised here, it would end the process and everybody's episodes."""
+    def _guarded(self, index: int, play: Any, *args: Any) -> None:
+        """`play(index, *args)`, whose errors are told with the episodes of simulator `index`.
+
+        A `ValueError` is what the caller gave; raised here, it would end the process and everybody's episodes. One of `FAILURES` may
+        not come again: it does end the process, which is replaced. One of `BUGS` would.
+        """
         try:
-            play(*args)
+            play(index, *args)
         except ValueError as error:
             self._error = self._error or str(error)
+        except (*BUGS, *FAILURES) as error:
+            if isinstance(error, FAILURES) and parent_process() is not None:
+                raise
+            episodes = self.record["episode"][index * self.batch : (index + 1) * self.batch].tolist()
+            seeds = [self.starts[episode][0] for episode in episodes if episode >= 0]
+            trace = "".join(traceback.format_exception(error))
+            self._crash = self._crash or f"task {self.task.name!r} failed while it played seeds {seeds}.\n{trace}"
 
     def _step_simulator(self, index: int, chunk: Tensor) -> None:
         simulator, rows = self.simulators[index], torch.arange(index * self.batch, (index + 1) * self.batch)
@@ -167,8 +187,8 @@ class EpisodeGroup(gym.Env):
         if not len(rows):
             return
         simulator, offset = self.simulators[index], index * self.batch
-        simulator.reset([self.starts[episode][0] for episode in episodes], rows - offset)
         self.record["episode"][rows] = torch.tensor(episodes)
+        simulator.reset([self.starts[episode][0] for episode in episodes], rows - offset)
         self.elapsed[rows] = 0
         for row, episode in zip(rows.tolist(), episodes, strict=True):
             self._replay(simulator, row, *self.starts[episode])
@@ -229,7 +249,7 @@ class EpisodeGroup(gym.Env):
                     finite = np.isfinite(self.arrays[wrong[0]][row]).reshape(self.chunk_size, -1).all(axis=1)
                     step += 1 + int(finite.argmin()) - int(self.arrays["num_steps"][row])
                 what = f"signals[{wrong[0].split('/')[1]!r}]" if "/" in wrong[0] else "state"
-                self._voided.append((int(self.arrays["episode"][row]), step, what))
+                self._voided.append((int(self.arrays["episode"][row]), step, what, row))
                 for array in self.arrays.values():  # nothing of it may be used
                     array[row] = 0
                 void |= everyone == row

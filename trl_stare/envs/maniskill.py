@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from trl_stare.envs.control import speed_up_control
 from trl_stare.envs.grasping import speed_up_grasping
 from trl_stare.envs.overlay import forget_overlays, keep_overlays, overlay
 from trl_stare.envs.registry import SimulatedTask
+from trl_stare.envs.variations import Variation
 from trl_stare.envs.visuals import use_visuals
 from trl_stare.envs.vulkan import select_vulkan_driver
 
@@ -58,17 +60,27 @@ class Simulator:
         image_size (`int`, *optional*): height and width of the policy's image, pixels; default the task's own.
         visuals (`str`): `"light"` (decimated visual meshes) or `"stock"`.
         device (`str`): `"cpu"` or `"cuda"`.
+        variation ([`Variation`], *optional*): what is changed.
     """
 
-    def __init__(self, task: SimulatedTask, *, num_envs: int, image_size: int | None, visuals: str, device: str):
+    def __init__(
+        self,
+        task: SimulatedTask,
+        *,
+        num_envs: int,
+        image_size: int | None,
+        visuals: str,
+        device: str,
+        variation: Variation | None = None,
+    ):
         select_vulkan_driver()
         import gymnasium as gym
         import mani_skill.envs  # noqa: F401  (registers the environments)
 
-        self.task, self.num_envs, self.visuals = task, num_envs, visuals
+        self.task, self.num_envs, self.visuals, self.variation = task, num_envs, visuals, variation
         cuda = device == "cuda"
         forget_overlays()
-        with use_visuals(visuals, task.robot):
+        with self._building():
             env = gym.make(
                 task.env_id,
                 num_envs=num_envs,
@@ -85,6 +97,8 @@ class Simulator:
         # no observation is rendered by `step`: images are asked for when the policy looks
         self.env._obs_mode = "none"
         self._has_overlay = keep_overlays(self.env)
+        self._photographs = dict(self.env._rgb_overlay_images) if self._has_overlay else {}
+        self._execute: Callable[[Tensor], Tensor] | None = None
         self._speed_up()
         self.is_rebuilt = not cuda
         self._info: dict[str, Tensor] = {}
@@ -98,11 +112,16 @@ class Simulator:
         if self.task.configurations:
             configurations = [int(seed) % self.task.configurations for seed in seeds]
             options["episode_id"] = torch.tensor(configurations, device=self.env.device)
-        with use_visuals(self.visuals, self.task.robot):  # a reset may build the scene anew
+        if self._has_overlay:
+            self.env._rgb_overlay_images = dict(self._photographs)  # a variation may have changed them
+        with self._building():  # a reset may build the scene anew
             _, self._info = self.env.reset(seed=[int(seed) for seed in seeds], options=options)
         self._is_fresh[rows] = True
         if self._info["reconfigure"]:  # a scene built anew has a new agent
             self._speed_up()
+        self._execute = None
+        if self.variation is not None and self.variation.changes_scene:
+            self._vary(int(seeds[0]))
 
     def step(self, actions: Tensor) -> None:
         """One control step with `[B, A]` robot-unit actions.
@@ -112,6 +131,8 @@ class Simulator:
         """
         if not torch.isfinite(actions).all():
             raise ValueError(f"`actions` must be finite, got {actions.tolist()} for task {self.task.name!r}.")
+        if self._execute is not None:
+            actions = self._execute(actions)
         *_, self._info = self.env.step(actions.to(self.env.device))
         self._is_fresh[:] = False
 
@@ -143,6 +164,21 @@ class Simulator:
     def close(self) -> None:
         """End the simulator."""
         self.env.close()
+
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        with use_visuals(self.visuals, self.task.robot):
+            with self.variation.building() if self.variation is not None else nullcontext():
+                yield
+
+    def _vary(self, seed: int) -> None:
+        """Change the scene that was just reset, and what will happen to actions."""
+        rng = self.variation.generator(seed)
+        if self.variation.arrange is not None:
+            self.variation.arrange(self.env, self.task, rng)
+            self._info = self.env.get_info()
+        if self.variation.execute is not None:
+            self._execute = self.variation.execute(self.task, rng)
 
     def _speed_up(self) -> None:
         speed_up_control(self.env)

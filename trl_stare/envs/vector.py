@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from trl_stare.envs.registry import SimulatedTask, get_simulated_task
+from trl_stare.envs.variations import Variation, get_variation
 from trl_stare.envs.visuals import resolve_visuals
 from trl_stare.envs.worker import LocalWorker, Worker, assign
-from trl_stare.interfaces import EpisodeStart, Observation, Start, Step, VoidEpisode, Work
+from trl_stare.interfaces import NOMINAL, EpisodeStart, Observation, Start, Step, VoidEpisode, Work
 
 
 def make_env(
@@ -31,6 +33,7 @@ def make_env(
     image_size: int | None = None,
     visuals: str | None = None,
     device: str | None = None,
+    variation: str | None = None,
     step_timeout: float = 60.0,
     max_restarts: int = 3,
     memory_growth: float = 2.0,
@@ -48,13 +51,15 @@ def make_env(
             OpenVLA's preprocessing makes them.
         visuals (`str`, *optional*): `"light"` (default on the CPU) or `"stock"` (default on CUDA, and for SimplerEnv's tasks).
         device (`str`, *optional*): `"cpu"` or `"cuda"`; default is what the machine has and the task can use.
+        variation (`str`, *optional*): one change of the task, e.g. `"camera/shift"`; see [`known_variations`]. All but those of
+            the instruction need `device="cpu"`, where every episode has a scene of its own.
         step_timeout (`float`): seconds for one decision of a worker; one that takes longer hangs and is replaced.
         max_restarts (`int`): how often a worker that dies or hangs is replaced in one rollout (from `reset` to `reset`). The
             episodes it was playing go on exactly where they were.
         memory_growth (`float`): GiB by which a worker may grow before it is replaced, when an episode has ended.
 
     Raises:
-        ValueError: unknown task or visuals, or numbers that do not fit.
+        ValueError: unknown task, variation or visuals, or numbers that do not fit.
         ImportError: if ManiSkill is not installed.
         FileNotFoundError: if the task's assets are not there; names the commands that download them.
 
@@ -67,7 +72,7 @@ def make_env(
     torch.Size([4, 64, 64, 3])
     ```
     """
-    spec = get_simulated_task(task)
+    spec, varied = get_simulated_task(task), None if variation in (None, NOMINAL) else get_variation(variation)
     if find_spec("mani_skill") is None:
         raise ImportError("`make_env` needs ManiSkill. Run: pip install 'trl-stare[maniskill]'")
     device = device or ("cuda" if spec.gpu_simulation and torch.cuda.is_available() else "cpu")
@@ -80,6 +85,8 @@ def make_env(
         raise ValueError(f"`image_size` must be at least 1, got {image_size}.")
     if device == "cuda" and not spec.gpu_simulation:
         raise ValueError(f"`device` must be 'cpu' for {task!r}, which ManiSkill cannot simulate on a GPU, got 'cuda'.")
+    if device == "cuda" and varied is not None and varied.changes_scene:
+        raise ValueError(f"`device` must be 'cpu' for variation {variation!r}, got 'cuda'. Say `device='cpu'`.")
     if num_workers is None:
         num_workers = 0 if device == "cuda" else min(num_envs, len(os.sched_getaffinity(0)))
     _check_limits(step_timeout=step_timeout, max_restarts=max_restarts, memory_growth=memory_growth)
@@ -96,6 +103,7 @@ def make_env(
         image_size=image_size,
         visuals=visuals,
         device=device,
+        variation=varied,
         step_timeout=step_timeout,
         max_restarts=max_restarts,
         memory_growth=memory_growth,
@@ -195,9 +203,17 @@ class WorkerVectorEnvPart:
         for info in infos:
             if "error" in info:
                 raise ValueError(info["error"])
+            if "crash" in info:
+                raise RuntimeError(info["crash"])
         joined = {name: torch.from_numpy(np.concatenate([record[name] for record in records])) for name in records[0]}
         tensors = {name: value.bool() if value.dtype == torch.int8 else value for name, value in joined.items()}
-        voided = tuple(VoidEpisode(*void) for info in infos for void in info.get("voided", ()))
+        firsts = range(0, self.num_envs, self.num_envs // len(infos))
+        found = [
+            (first, VoidEpisode(*void))
+            for first, info in zip(firsts, infos, strict=True)
+            for void in info.get("voided", ())
+        ]
+        voided = tuple(void._replace(env=first + void.env) for first, void in found)
         busy, render = (float(sum(info[name] for info in infos)) / len(infos) for name in ("busy_s", "render_s"))
         return tensors, voided, Work(simulate_s=busy - render, render_s=render)
 
@@ -225,10 +241,13 @@ class WorkerVectorEnv(WorkerVectorEnvPart):
         image_size: int | None,
         visuals: str,
         device: str,
+        variation: Variation | None = None,
         step_timeout: float = 60.0,
         max_restarts: int = 3,
         memory_growth: float = 2.0,
     ):
+        if variation is not None and variation.instruct is not None:
+            task = replace(task, instruction=variation.instruct(task))
         count = max(num_workers, 1)
         make_group = partial(
             _make_group,
@@ -239,6 +258,7 @@ class WorkerVectorEnv(WorkerVectorEnvPart):
             image_size=image_size,
             visuals=visuals,
             device=device,
+            variation=variation,
         )
         limits = {
             "step_timeout": step_timeout,
@@ -258,6 +278,7 @@ class WorkerVectorEnv(WorkerVectorEnvPart):
             "sim_backend": "physx_cuda" if device == "cuda" else "physx_cpu",
             "render_backend": "sapien_cuda" if device == "cuda" else "sapien_cpu",
             "visuals": visuals,
+            "variation": NOMINAL if variation is None else variation.name,
             "image_shape": list(task.image_shape_at(image_size)),
             "chunk_size": chunk_size,
             "max_episode_steps": shared["max_episode_steps"],

@@ -20,12 +20,20 @@ from trl_stare.evaluation.plots import plot_report
 from trl_stare.evaluation.provenance import PolicySource, file_digests, resolve_policy
 from trl_stare.evaluation.records import PHASES, EpisodeResult, PhaseResult, paired, read_episodes, write_episodes
 from trl_stare.evaluation.report import build_results, package_versions, read_results, write_report, write_results
+from trl_stare.evaluation.robustness import (
+    measure_robustness,
+    plot_variations,
+    robustness_info,
+    robustness_table,
+    write_robustness,
+)
 from trl_stare.evaluation.statistics import (
     Difference,
     McNemar,
     Proportion,
     episodes_needed,
     format_rate,
+    holm,
     mcnemar_exact,
     paired_difference,
 )
@@ -71,14 +79,17 @@ __all__ = [
     "film_policy",
     "format_rate",
     "held_out_starts",
+    "holm",
     "inspect",
     "mcnemar_exact",
+    "measure_robustness",
     "package_versions",
     "paired",
     "paired_difference",
     "play_in_blocks",
     "plot_report",
     "plot_timelines",
+    "plot_variations",
     "publish_results",
     "read_episodes",
     "read_eval_info",
@@ -86,6 +97,8 @@ __all__ = [
     "read_results",
     "record_episode",
     "resolve_policy",
+    "robustness_info",
+    "robustness_table",
     "save_success_and_failure",
     "stage_labels",
     "suite_tasks",
@@ -96,4 +109,5 @@ __all__ = [
     "write_played",
     "write_report",
     "write_results",
+    "write_robustness",
 ]

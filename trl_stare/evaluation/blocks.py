@@ -12,7 +12,7 @@ from trl_stare.data.actors import Actor
 from trl_stare.data.rollout import stream
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.evaluation.played import PlayedEpisode, read_played, write_played
-from trl_stare.interfaces import EpisodeStart, VectorEnv, VoidEpisode
+from trl_stare.interfaces import NOMINAL, EpisodeStart, VectorEnv, VoidEpisode
 from trl_stare.stages import StagePlan
 
 
@@ -88,13 +88,14 @@ def _play(
     """Rows and trajectories of one block, in the order of `starts`."""
     rows: dict[int, PlayedEpisode] = {}
     trajectories: dict[int, Trajectory] = {}
+    varied = {"variation": env.metadata.get("variation", NOMINAL)}
 
     def note(start: EpisodeStart, void: VoidEpisode) -> None:
-        rows[start.seed] = PlayedEpisode.voided(env.task, start.seed, seed, step=void.step, what=void.what)
+        rows[start.seed] = PlayedEpisode.voided(env.task, start.seed, seed, step=void.step, what=void.what, **varied)
         tell(rows[start.seed])
 
     for index, trajectory in stream(env, actor, starts, name=name, ignore_terminations=True, on_void=note):
-        rows[starts[index]] = PlayedEpisode.of(trajectory, plan, seed)
+        rows[starts[index]] = PlayedEpisode.of(trajectory, plan, seed, **varied)
         trajectories[starts[index]] = trajectory
         tell(rows[starts[index]])
     return [rows[start] for start in starts], [trajectories[start] for start in starts if start in trajectories]

@@ -17,10 +17,10 @@ from trl_stare.evaluation.statistics import format_rate
 
 METHODS = {
     "imitation": "imitation of demonstrations (supervised fine-tuning).",
-    "preference": "stage-wise preference optimisation (StA-TPO) of the imitation policy, on pairs of its own rollouts.",
-    "interaction": "stage-aware PPO (StA-PPO) of the preference policy, in the simulator.",
+    "preference": "stage-wise preference optimisation (StA-TPO) on pairs of rollouts.",
+    "interaction": "stage-aware PPO (StA-PPO) in the simulator.",
 }
-"""What each phase does, in the card's words."""
+"""What each phase does, in the card's words. Of which policy is not said here: any phase may start from any checkpoint."""
 
 TAGS = ("robotics", "reinforcement-learning", "vision-language-action", "trl", "stare")
 
@@ -34,6 +34,7 @@ def write_model_card(
     usage: str,
     visuals: str | None = None,
     started_from: str | None = None,
+    method: str | None = None,
     model_name: str | None = None,
     license: str = "apache-2.0",
     versions: Mapping[str, str | None] | None = None,
@@ -48,6 +49,7 @@ def write_model_card(
         usage (`str`): Python lines that load the checkpoint.
         visuals (`str`, *optional*): which visuals the episodes were rendered with.
         started_from (`str`, *optional*): the checkpoint the phase started from.
+        method (`str`, *optional*): what was done, in a sentence, e.g. of a baseline; [`METHODS`] by default.
         model_name (`str`, *optional*): `"{task}-{phase}"` by default.
         license (`str`): identifier as the Hub lists it.
         versions (`Mapping`, *optional*): of packages; [`package_versions`] by default.
@@ -74,7 +76,7 @@ def write_model_card(
         model_name=model_name,
         task=task,
         phase=phase,
-        method=METHODS[phase],
+        method=method or METHODS[phase],
         usage=usage.strip(),
         visuals=visuals,
         started_from=started_from,

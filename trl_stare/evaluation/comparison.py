@@ -17,6 +17,7 @@ from trl_stare.evaluation.statistics import (
     mcnemar_exact,
     paired_difference,
 )
+from trl_stare.interfaces import NOMINAL
 
 CONDITIONS = (
     "tasks",
@@ -27,6 +28,7 @@ CONDITIONS = (
     "sim_backend",
     "render_backend",
     "visuals",
+    "variation",
     "control_mode",
     "simulator_versions",
 )
@@ -92,6 +94,8 @@ def conditions(info: Mapping[str, Any]) -> dict[str, Any]:
     found |= {"tasks": sorted(tasks), "seeds": {task: metrics["eval_seeds"] for task, metrics in tasks.items()}}
     for name in ("max_episode_steps", "sim_backend", "render_backend", "visuals", "control_mode"):
         found[name] = {task: metrics["environment"].get(name) for task, metrics in tasks.items()}
+    # results that are older than variations were nominal
+    found["variation"] = {task: metrics["environment"].get("variation", NOMINAL) for task, metrics in tasks.items()}
     found["simulator_versions"] = {task: metrics["environment"].get("versions") for task, metrics in tasks.items()}
     return found
 

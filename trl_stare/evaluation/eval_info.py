@@ -14,6 +14,7 @@ from trl_stare.evaluation.played import PlayedEpisode, counted
 from trl_stare.evaluation.records import EpisodeResult, write_atomically
 from trl_stare.evaluation.report import compact_json, format_seeds, markdown_table, package_versions
 from trl_stare.evaluation.statistics import Proportion, format_rate
+from trl_stare.interfaces import NOMINAL
 from trl_stare.stages import stage_success
 
 RULES = ("success_once", "success_at_end")
@@ -166,6 +167,9 @@ def eval_table(info: Mapping[str, Any]) -> str:
     note = (
         f"In brackets: Wilson 95 % intervals. Success rule: {used['success_rule']}; temperature {used['temperature']}."
     )
+    variations = {task["metrics"]["environment"].get("variation", NOMINAL) for task in info["per_task"]}
+    if variations != {NOMINAL}:
+        note += f" Variation: {', '.join(sorted(variations))}."
     return f"{success}\n\n{funnel}\n\n{note}"
 
 

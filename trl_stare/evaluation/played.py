@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.evaluation.records import EpisodeResult
+from trl_stare.interfaces import NOMINAL
 from trl_stare.stages import StagePlan
 
 SCHEMA = pa.schema(
@@ -39,6 +40,7 @@ SCHEMA = pa.schema(
             )
         ),
         "void": pa.string(),
+        "variation": pa.string(),
         "final_image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
     }
 )
@@ -55,6 +57,7 @@ class PlayedEpisode:
         result ([`EpisodeResult`]): how it went; `result.seed` is its start.
         void (`str`): what the simulator spoiled it with; empty for an episode that counts.
         final_image (`bytes`): PNG of the last moment; empty where it is void.
+        variation (`str`): what was changed of the task, `"nominal"` if nothing.
     """
 
     task: str
@@ -62,17 +65,22 @@ class PlayedEpisode:
     result: EpisodeResult
     void: str = ""
     final_image: bytes = b""
+    variation: str = NOMINAL
 
     @classmethod
-    def of(cls, trajectory: Trajectory, plan: StagePlan, eval_seed: int) -> PlayedEpisode:
+    def of(cls, trajectory: Trajectory, plan: StagePlan, eval_seed: int, *, variation: str = NOMINAL) -> PlayedEpisode:
         """The row of an episode that was played to its end."""
         result = EpisodeResult.from_trajectory(trajectory, plan)
-        return cls(trajectory.task, eval_seed, result, final_image=_png(trajectory.final_image))
+        return cls(trajectory.task, eval_seed, result, final_image=_png(trajectory.final_image), variation=variation)
 
     @classmethod
-    def voided(cls, task: str, seed: int, eval_seed: int, *, step: int, what: str) -> PlayedEpisode:
+    def voided(
+        cls, task: str, seed: int, eval_seed: int, *, step: int, what: str, variation: str = NOMINAL
+    ) -> PlayedEpisode:
         """The row of an episode that the simulator spoiled: it is listed, and counts neither as success nor as failure."""
-        return cls(task, eval_seed, EpisodeResult(seed, False, False, step, False, False, ()), void=what)
+        return cls(
+            task, eval_seed, EpisodeResult(seed, False, False, step, False, False, ()), void=what, variation=variation
+        )
 
 
 def counted(episodes: Sequence[PlayedEpisode]) -> list[EpisodeResult]:
@@ -90,6 +98,7 @@ def write_played(path: str | os.PathLike, episodes: Sequence[PlayedEpisode]) -> 
             "task": episode.task,
             "eval_seed": episode.eval_seed,
             "void": episode.void,
+            "variation": episode.variation,
             "final_image": {"bytes": episode.final_image, "path": None},
         }
         for episode in episodes
@@ -111,8 +120,11 @@ def read_played(path: str | os.PathLike) -> list[PlayedEpisode]:
         raise ValueError(f"`{path}` must hold the episodes of an evaluation: {error}. Evaluate again.") from error
     episodes = []
     for row in rows:
-        task, eval_seed, void, image = (row.pop(name) for name in ("task", "eval_seed", "void", "final_image"))
-        episodes.append(PlayedEpisode(task, eval_seed, EpisodeResult.from_row(row), void, image["bytes"]))
+        names = ("task", "eval_seed", "void", "final_image", "variation")
+        task, eval_seed, void, image, variation = (row.pop(name) for name in names)
+        result = EpisodeResult.from_row(row)
+        # files of evaluations that knew no variations have no such column
+        episodes.append(PlayedEpisode(task, eval_seed, result, void, image["bytes"], variation or NOMINAL))
     return episodes
 
 

@@ -2,15 +2,19 @@
 
 from trl_stare.policies.action_tokens import ActionBins, norm_stats
 from trl_stare.policies.autoregressive import AutoregressivePolicy
+from trl_stare.policies.flow import FlowPolicy, FlowProcessor, create_tiny_pi0, load_lerobot_pi0
 from trl_stare.policies.hf_vlm import HFVLMPolicy
-from trl_stare.policies.normalization import ActionStatistics, BinnedActions
+from trl_stare.policies.normalization import ActionStatistics, BinnedActions, quantile_statistics
 from trl_stare.policies.openvla import (
+    MemoryEstimate,
     OpenVLAConfig,
     OpenVLAForActionPrediction,
     OpenVLAImageProcessor,
+    OpenVLAOFTPolicy,
     OpenVLAPolicy,
     OpenVLAProcessor,
     create_tiny_openvla,
+    estimate_memory,
 )
 from trl_stare.policies.tiny import StareVLAConfig, StareVLAForActionPrediction, StareVLAPolicy, StareVLAProcessor
 from trl_stare.policies.token_policy import TokenPolicy
@@ -20,10 +24,14 @@ __all__ = [
     "ActionStatistics",
     "AutoregressivePolicy",
     "BinnedActions",
+    "FlowPolicy",
+    "FlowProcessor",
     "HFVLMPolicy",
+    "MemoryEstimate",
     "OpenVLAConfig",
     "OpenVLAForActionPrediction",
     "OpenVLAImageProcessor",
+    "OpenVLAOFTPolicy",
     "OpenVLAPolicy",
     "OpenVLAProcessor",
     "StareVLAConfig",
@@ -32,5 +40,9 @@ __all__ = [
     "StareVLAProcessor",
     "TokenPolicy",
     "create_tiny_openvla",
+    "create_tiny_pi0",
+    "estimate_memory",
+    "load_lerobot_pi0",
     "norm_stats",
+    "quantile_statistics",
 ]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
 
 def merge_adapter(model: Any) -> Any:
     """A plain model with the adapter's weights added in; `model` and its base stay as they are.
@@ -13,6 +16,18 @@ def merge_adapter(model: Any) -> Any:
     back does not restore it exactly in bfloat16.)
 
     Args:
-        model (`PeftModel`): e.g. a LoRA over [`OpenVLAForActionPrediction`].
+        model (`PeftModel`, or a `PreTrainedModel` that `from_pretrained` loaded with an adapter): e.g. a LoRA over
+            [`OpenVLAForActionPrediction`].
     """
-    return copy.deepcopy(model).merge_and_unload()
+    model = copy.deepcopy(model)
+    if isinstance(model, PeftModel):
+        return model.merge_and_unload()
+    # transformers puts the layers of an adapter into the model itself, and has no way to take them out again
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
+    # what it renames when it saves, it noted while it loaded the adapter
+    model._hf_peft_config_loaded, model._weight_conversions = False, None
+    return model

@@ -32,6 +32,8 @@ class PolicyConformance:
 
     Attributes:
         image_size (`int`): pixels of the test images. state_size (`int` or `None`): `P`, where the policy reads proprioception.
+        acts_in_tokens (`bool`): whether `logps` are log-probabilities of the entries of the trace; else they are log-densities of a
+            continuous action, one per environment step and dimension, and the score is minus an error (a flow policy).
         images_stay_uint8 (`bool`): whether prepared images take a quarter of float32's memory.
         atol (`float`): largest difference of log-probabilities that count as equal.
         action_atol (`float`): largest change of an action by `decode(encode(action))`, in robot units.
@@ -39,6 +41,7 @@ class PolicyConformance:
 
     image_size: int = 64
     state_size: int | None = None
+    acts_in_tokens: bool = True
     images_stay_uint8: bool = True
     atol: float = 1e-5
     action_atol: float = 1e-5
@@ -67,7 +70,7 @@ class PolicyConformance:
         return inputs, policy.act(inputs, temperature=temperature, generator=torch.Generator().manual_seed(0))
 
     def test_protocol_and_shapes(self, policy: Any) -> None:
-        """All members are there; actions are `[N, C, A]` float32, the rest `[N, L]` and `[N, F]`."""
+        """All members are there; actions are `[N, C, A]` float32, the rest `[N, L]` and `[N, F]`, traces int64 and not negative."""
         assert isinstance(policy, VLAPolicy), "the members of VLAPolicy must all be there"
         inputs, sample = self.sample(policy, self.make_obs(_LONG, _SHORT))
         assert all(len(value) == 2 and value.device.type == "cpu" for value in inputs.values()), "prepare: N rows, CPU"
@@ -75,8 +78,16 @@ class PolicyConformance:
             assert inputs["pixel_values"].dtype == torch.uint8, "prepare: images stay uint8"
         assert sample.actions.shape == (2, policy.chunk_size, policy.action_dim), sample.actions.shape
         assert sample.actions.dtype == sample.logps.dtype == torch.float32
-        assert sample.trace.shape == sample.logps.shape and sample.trace.ndim == 2, sample.trace.shape
-        assert sample.features.ndim == 2 and torch.isfinite(sample.logps).all() and (sample.logps <= 0).all()
+        assert sample.trace.dtype == torch.int64 and (sample.trace >= 0).all(), "what datasets store"
+        assert sample.trace.ndim == 2 and sample.trace.shape[1] % policy.chunk_size == 0, sample.trace.shape
+        assert sample.features.ndim == 2 and torch.isfinite(sample.logps).all()
+        if self.acts_in_tokens:
+            assert sample.trace.shape == sample.logps.shape and (sample.logps <= 0).all()
+        else:
+            assert sample.logps.shape == (2, policy.chunk_size * policy.action_dim), sample.logps.shape
+        assert policy.encode(sample.actions).shape == sample.trace.shape, (
+            "demonstrations and rollouts share their shape"
+        )
 
     def test_acting_and_evaluating_agree(self, policy: Any) -> None:
         """The log-probabilities of the rollout are those of training, also at another temperature."""
@@ -85,7 +96,8 @@ class PolicyConformance:
             evaluation = policy.evaluate(inputs, sample.trace, temperature=temperature)
             torch.testing.assert_close(evaluation.logps.detach().cpu(), sample.logps, atol=self.atol, rtol=0)
             torch.testing.assert_close(evaluation.features.detach().float().cpu(), sample.features, atol=1e-4, rtol=0)
-            assert (evaluation.entropies >= 0).all()
+            assert evaluation.entropies.shape == evaluation.logps.shape and torch.isfinite(evaluation.entropies).all()
+            assert not self.acts_in_tokens or (evaluation.entropies >= 0).all()
 
     def test_acting_is_a_function_of_the_generator(self, policy: Any) -> None:
         """Equal generators give equal traces, greedy acting needs none."""
@@ -127,26 +139,38 @@ class PolicyConformance:
 
     @torch.no_grad()
     def test_score_is_a_likelihood_and_antisymmetric(self, policy: Any) -> None:
-        """The score is the summed log-probability; exchanging chosen and rejected negates a preference's margin."""
+        """The score is the summed log-probability, or minus an error that is free of chance: the reference is scored elsewhere.
+
+        Exchanging chosen and rejected negates a preference's margin.
+        """
         inputs, sample = self.sample(policy, self.make_obs(_LONG, _LONG))
         score = policy.score(inputs, sample.trace)
-        torch.testing.assert_close(score, policy.evaluate(inputs, sample.trace).logps.sum(-1), atol=1e-4, rtol=0)
+        if self.acts_in_tokens:
+            torch.testing.assert_close(score, policy.evaluate(inputs, sample.trace).logps.sum(-1), atol=1e-4, rtol=0)
+        assert torch.equal(score, policy.score(inputs, sample.trace)) and (score < 0).all()
         swapped = {name: value.flip(0) for name, value in inputs.items()}
         margin = -policy.score(swapped, sample.trace.flip(0)).diff()
         torch.testing.assert_close(margin, score.diff(), atol=1e-4, rtol=0)
 
     def test_imitation_loss_reads_mask_and_weight(self, policy: Any) -> None:
-        """Rows of weight 0 and tokens outside the mask have no influence."""
+        """Rows of weight 0 and environment steps outside the mask have no influence; the others do."""
         inputs, sample = self.sample(policy, self.make_obs(_LONG, _SHORT))
-        mask = torch.ones_like(sample.trace, dtype=torch.bool)
-        mask[:, -1] = False
+        trace, mask = sample.trace, torch.ones_like(sample.trace, dtype=torch.bool)
+        last = trace.shape[1] - (trace.shape[1] // policy.chunk_size if policy.chunk_size > 1 else 1)
+        mask[:, last:] = False
         weight = torch.tensor([1.0, 0.0])
-        loss = policy.imitation_loss(inputs, sample.trace, mask, weight)
-        changed = sample.trace.clone()
-        changed[:, -1] = sample.trace[:, -1].flip(0)
+
+        def loss_of(trace: Tensor) -> Tensor:
+            torch.manual_seed(0)  # a flow policy draws noise
+            return policy.imitation_loss(inputs, trace, mask, weight)
+
+        loss = loss_of(trace)
+        changed = trace.clone()
+        changed[:, last:] = trace[:, last:].flip(0)
         changed[1] = changed[1].flip(0)
-        torch.testing.assert_close(policy.imitation_loss(inputs, changed, mask, weight), loss)
+        torch.testing.assert_close(loss_of(changed), loss)
         assert loss.ndim == 0 and loss.requires_grad and loss > 0
+        assert not torch.equal(loss_of(trace.flip(0)), loss), "the loss must read the trace"
 
     def test_gradients_reach_the_adapter_and_the_features(self, policy: Any) -> None:
         """Of a LoRA the likelihood reaches every tower, and a value head on the features reaches it too; disabled it is the base."""

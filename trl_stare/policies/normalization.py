@@ -128,6 +128,19 @@ class ActionStatistics:
         return torch.where(self.mask, actions, values)
 
 
+def quantile_statistics(values: Tensor) -> dict[str, list]:
+    """Statistics of demonstrations as a checkpoint's config holds them: `q01`, `q99`, and `mask`, which leaves out what never moves.
+
+    Args:
+        values (`Tensor`): `[T, D]`, actions (as the checkpoint's convention has them) or proprioception.
+
+    Example: values 0 to 100 and a constant give `{"q01": [1.0, 7.0], "q99": [99.0, 7.0], "mask": [True, False]}`.
+    """
+    # numpy's, as OpenVLA's data code: torch's refuses more than 2^24 values
+    low, high = (torch.from_numpy(np.quantile(values.double().numpy(), q, axis=0)) for q in (0.01, 0.99))
+    return {"q01": low.tolist(), "q99": high.tolist(), "mask": (high > low).tolist()}
+
+
 class BinnedActions:
     """OpenVLA's bins: `num_bins` edges over [-1, 1], whose `num_bins - 1` intervals decode to their centres.
 

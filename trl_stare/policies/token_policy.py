@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import cached_file
 
-from trl_stare.interfaces import ADAPTER_CONFIG_NAME, ActionEval, ActionSample, Observation
+from trl_stare.interfaces import ActionEval, ActionSample, Observation
 from trl_stare.policies.action_tokens import imitation_loss
+from trl_stare.policies.pretrained import PretrainedPolicy
 
 
 class Bins(Protocol):
@@ -27,7 +25,7 @@ class Bins(Protocol):
         """`[..., A]` bins -> `[..., A]` robot units."""
 
 
-class TokenPolicy:
+class TokenPolicy(PretrainedPolicy):
     """A [`~trl_stare.interfaces.VLAPolicy`] whose decisions are `C * A` bins. Load any of them with [`from_pretrained`].
 
     A subclass says what its model sees ([`prepare`]) and how likely its bins are ([`action_logits`]). It decides on all bins at
@@ -39,41 +37,11 @@ class TokenPolicy:
         unnorm_key (`str`): which of the checkpoint's statistics `bins` come from.
     """
 
-    _classes: ClassVar[dict[str, type[TokenPolicy]]] = {}
-
-    def __init_subclass__(cls, model_type: str | None = None, **kwargs: Any):
-        """`model_type`: checkpoints of this type become this policy when they are loaded."""
-        super().__init_subclass__(**kwargs)
-        if model_type is not None:
-            TokenPolicy._classes[model_type] = cls
-
     def __init__(
         self, model: Any, processor: Any, bins: Bins, *, chunk_size: int, action_dim: int, unnorm_key: str | None
     ):
         self.model, self.processor, self.bins = model, processor, bins
         self.chunk_size, self.action_dim, self.unnorm_key = chunk_size, action_dim, unnorm_key
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, unnorm_key: str | None = None, **kwargs: Any) -> TokenPolicy:
-        """Load model and processor from a folder or a Hub id, as the policy that fits the checkpoint's `model_type`.
-
-        Args:
-            folder (`str`): saved by [`save_pretrained`], with or without a PEFT adapter, or published, such as `openvla/openvla-7b`.
-            unnorm_key (`str`, *optional*): which statistics to use; may be left out where the checkpoint has only one.
-            kwargs: for `from_pretrained` of the model, e.g. `dtype`; fields of its config are changed.
-
-        Raises:
-            ValueError: the checkpoint is not a VLA, or `unnorm_key` is unknown (lists the known ones).
-        """
-        model = load_model(folder, **kwargs)
-        kind = "hf_vlm" if getattr(model.config, "vla", None) else model.config.model_type
-        policy_class = cls._classes.get(kind)
-        if policy_class is None:
-            raise ValueError(
-                f"`{folder}` must hold a VLA, one of {sorted(cls._classes)}, got {model.config.model_type!r}. A "
-                "vision-language model becomes one by `HFVLMPolicy.create`: see docs/own_vla.md."
-            )
-        return policy_class(model, AutoProcessor.from_pretrained(folder), unnorm_key=unnorm_key)
 
     @staticmethod
     def create_tiny(norm_stats: dict[str, Any], **config: Any) -> TokenPolicy:
@@ -131,31 +99,6 @@ class TokenPolicy:
     def decode(self, trace: Tensor) -> Tensor:
         """`[N, C * A]` bins -> `[N, C, A]` float32 robot units."""
         return self.bins.decode(trace.view(len(trace), self.chunk_size, self.action_dim)).float()
-
-    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write model and processor; [`from_pretrained`] reads them back exactly.
-
-        Of a PEFT model only the adapter is written, and with it the model's config: statistics and conventions may not be the base's.
-        """
-        self.model.save_pretrained(folder, **kwargs)
-        if hasattr(self.model, "peft_config"):
-            self.model.config.to_json_file(Path(folder) / ADAPTER_CONFIG_NAME)
-        self.processor.save_pretrained(folder)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
-
-
-def load_model(folder: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForImageTextToText.from_pretrained`, but an adapter that came with a config of its own keeps it."""
-    if cached_file(folder, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:
-        config = AutoConfig.from_pretrained(folder, _configuration_file=ADAPTER_CONFIG_NAME)
-        for name in [name for name in kwargs if name != "dtype" and hasattr(config, name)]:
-            setattr(config, name, kwargs.pop(name))
-        kwargs["config"] = config
-    return AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
 
 
 def sample_bins(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

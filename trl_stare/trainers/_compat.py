@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
 # TRL documents its trainers, not their base; but `_BaseTrainer` (HF's `Trainer` plus TRL's cards, tags and logging)
 # and `_BaseConfig` (its defaults) are what all of them share, the only root left since 1.13 removed `PPOTrainer`.
@@ -30,6 +30,7 @@ __all__ = [
     "_BaseTrainer",
     "SavesAdapterConfig",
     "forward_once",
+    "give_generation_config",
     "keep_forward",
     "restore_weights",
     "start_deepspeed_on_cpu",
@@ -53,6 +54,12 @@ def keep_forward(model: nn.Module) -> Iterator[None]:
             model.__dict__.pop("forward", None)
         else:
             model.forward = own
+
+
+def give_generation_config(model: nn.Module) -> None:
+    """`DPOTrainer.__init__` writes token ids to `model.generation_config`, which a model that generates no text (pi0) lacks."""
+    if not hasattr(model, "generation_config"):
+        model.generation_config = GenerationConfig()
 
 
 def forward_once(wrapper: nn.Module, inner: nn.Module, method: Callable[..., Any], *args: Any) -> Any:

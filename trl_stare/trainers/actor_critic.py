@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,19 @@ class ActorCritic(nn.Module):
             features = evaluation.features if self.shares_features else evaluation.features.detach()
         return evaluation, self.value_head(features)
 
-    def save(self, folder: str | Path) -> None:
-        """A plain checkpoint of the policy, and the critic in a file of its own."""
-        self._policy[0].save_pretrained(folder)
-        save_file(self.value_head.state_dict(), Path(folder) / VALUE_HEAD_FILE)
+    def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """A plain checkpoint of the policy, and the critic in a file of its own.
+
+        Args:
+            state_dict (`Mapping`, *optional*): of this module, where it holds a part of the weights only (ZeRO-3).
+        """
+        if state_dict is None:
+            self._policy[0].save_pretrained(folder)
+            critic = self.value_head.state_dict()
+        else:
+            self._policy[0].save_pretrained(folder, state_dict=_part(state_dict, "model."))
+            critic = _part(state_dict, "value_head.")
+        save_file({name: value.contiguous() for name, value in critic.items()}, Path(folder) / VALUE_HEAD_FILE)
 
     def load_value_head(self, folder: str | Path) -> None:
         """Read the critic back.
@@ -112,3 +121,7 @@ class ActorCritic(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(f"`{folder}` must hold {VALUE_HEAD_FILE} to resume PPO, got none.")
         self.value_head.load_state_dict(load_file(path))
+
+
+def _part(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}

@@ -13,6 +13,7 @@ from typing import Any
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import EpisodeStart, VoidEpisode
 from trl_stare.stages import StagePlan, segment
+from trl_stare.trainers.ppo_batch import num_prefix_steps
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +72,18 @@ def episode_row(trajectory: Trajectory, plan: StagePlan) -> dict[str, Any]:
     """One line of the ledger.
 
     Returns:
-        `seed`, `task`, `length` in environment steps, `success` (at any step), `stages_passed` by name, `start_stage` in which
-        the policy first looked, and the `digest` of its transitions. The trainer adds `iteration` and `rank`.
+        `env`, the row of the process's environments that played it, `seed`, `task`, `prefix_steps` executed before the policy
+        first looked (a [`StageCurriculum`]), `length` in environment steps without these, `success` (at any step), `stages_passed`
+        by name, `start_stage` in which the policy first looked, and the `digest` of its transitions. The trainer adds `iteration`
+        and `rank`.
     """
     passed = [plan.names[part.stage] for part in segment(plan, trajectory.signals) if part.passed]
     first = int(plan.current_stage({name: value[:1] for name, value in trajectory.signals.items()})[0])
     return {
+        "env": trajectory.env,
         "seed": trajectory.seed,
         "task": trajectory.task,
+        "prefix_steps": num_prefix_steps(trajectory),
         "length": trajectory.num_steps,
         "success": trajectory.success_once,
         "stages_passed": passed,
@@ -89,7 +94,15 @@ def episode_row(trajectory: Trajectory, plan: StagePlan) -> dict[str, Any]:
 
 def void_row(task: str, start: EpisodeStart, void: VoidEpisode) -> dict[str, Any]:
     """The line of an episode that the simulator spoiled, and that is not learned from: with what, and after how many steps."""
-    return {"seed": start.seed, "task": task, "length": void.step, "void": void.what}
+    prefix_steps = 0 if start.actions is None else len(start.actions)
+    return {
+        "env": void.env,
+        "seed": start.seed,
+        "task": task,
+        "prefix_steps": prefix_steps,
+        "length": max(void.step - prefix_steps, 0),
+        "void": void.what,
+    }
 
 
 def transitions_digest(trajectory: Trajectory) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -9,6 +10,24 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+
+def meet_anew_after_restart() -> None:
+    """Let processes that the launcher started again (`--max_restarts`) find each other, and not those that died.
+
+    They would meet in the launcher's store, where torch 2.13 finds the addresses of the dead ones under the same keys: gloo waits for
+    these until its time is over (torch/distributed/rendezvous.py, `_create_c10d_store`; earlier releases put the attempt before
+    each key). So the first process opens a store for this attempt. Must run before the process group is made.
+    """
+    environ, attempt = os.environ, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not attempt or environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    launcher = dist.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False)
+    key = f"trl_stare/port_of_attempt_{attempt}"
+    if environ["RANK"] == "0":
+        launcher.set(key, str(get_free_port()))
+    environ |= {"MASTER_PORT": launcher.get(key).decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def total(accelerator: Accelerator, values: Tensor) -> Tensor:

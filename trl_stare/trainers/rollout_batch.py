@@ -31,7 +31,7 @@ def make_batch(trainer: StagePPOTrainer, trajectories: Sequence[Trajectory]) -> 
     """What the updates of an iteration learn from, one row per decision, all trajectories one after the other.
 
     Returns:
-        `dict[str, Any]`: model `inputs`; `trace`, `logps`, `mask` and, with a reference, `ref_logps`, `[M, L]`; `features`
+        `dict[str, Any]`: model `inputs`; `logps`, `mask` and, with a reference, `ref_logps`, `[M, L]`; `trace`; `features`
         `[M, F]`; `values`, normalised `advantages` and `returns`, `[M]`.
     """
     args, policy, plan = trainer.args, trainer.policy, trainer.plan
@@ -83,7 +83,7 @@ def _score(trainer: StagePPOTrainer, trajectories: Sequence[Trajectory]) -> dict
         logps = rollout_logps(policy, inputs, trace, **options)
     else:
         logps = torch.cat([t.logps for t in trajectories])
-    mask = torch.cat([executed_tokens(t, trace.shape[1], policy.chunk_size) for t in trajectories])
+    mask = torch.cat([executed_tokens(t, logps.shape[1], policy.chunk_size) for t in trajectories])
     scores = {"inputs": inputs, "trace": trace, "logps": logps, "mask": mask}
     if trainer.reference is not None:
         scores["ref_logps"] = trainer.reference.to(args.device).logps(inputs, trace, **options)

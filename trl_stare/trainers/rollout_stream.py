@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from trl_stare.trainers.boundaries import RolloutStopped
 from trl_stare.trainers.processes import gradient_weights
+from trl_stare.trainers.sharding import whole_weights
 
 if TYPE_CHECKING:
     from trl_stare.trainers.stage_ppo_trainer import StagePPOTrainer
@@ -32,7 +33,8 @@ class RolloutStream(IterableDataset):
         trainer = self.trainer
         iteration = trainer.iteration
         try:
-            batch = trainer.make_batch(trainer.collect_rollout(iteration))
+            with whole_weights(trainer.model_wrapped, trainer.accelerator):
+                batch = trainer.make_batch(trainer.collect_rollout(iteration))
         except RolloutStopped:
             return  # an epoch without batches ends the training
         minibatches = self._minibatches(

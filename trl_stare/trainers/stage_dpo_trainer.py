@@ -66,8 +66,8 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     Logged: TRL's `rewards/chosen|rejected|margins|accuracies` (`beta` times the gain over the reference, without
     costs) and `logps/chosen|rejected` (the scores), and each stage's own `stage/{name}/...`, see [`pair_metrics`].
 
-    Several processes: DDP, DeepSpeed ZeRO-2 and ZeRO-3, and FSDP give the losses of one process at an equal global batch
-    (tests with two processes on a CPU). On GPUs and over several machines nothing of this has been run yet.
+    Several processes: DDP and DeepSpeed ZeRO-2 and ZeRO-3 give the losses of one process at an equal global batch
+    (tests with two processes on a CPU). FSDP, GPUs and several machines have not been run yet.
 
     Raises:
         ValueError: if the rows are not stage pairs, are none, or do not fit the objective.

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from trl_stare.losses import RATIO_LEVELS
 from trl_stare.stages import POTENTIAL_FORMS
-from trl_stare.trainers._compat import _BaseConfig
+from trl_stare.trainers._compat import _BaseConfig, start_deepspeed_on_cpu
 from trl_stare.trainers.presets import PPO_PRESETS
+from trl_stare.trainers.processes import meet_anew_after_restart
 from trl_stare.trainers.rewards import REWARDS
 
 CRITICS = ("privileged", "hidden", "shared")
@@ -185,7 +188,11 @@ class StagePPOConfig(_BaseConfig):
                 "`bootstrap_on_truncation=False` needs a critic that knows the time, got "
                 f"critic={self.critic!r}. Use critic='privileged' or bootstrap."
             )
-        super().__post_init__()
+        # accelerate would take several processes of a machine without GPUs for several GPUs
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        meet_anew_after_restart()
+        super().__post_init__()  # makes the process group
+        start_deepspeed_on_cpu(self)
         self._check_sizes()
 
     def _check_sizes(self) -> None:

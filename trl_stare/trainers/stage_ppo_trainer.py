@@ -32,6 +32,7 @@ from trl_stare.trainers.reference import PolicyReference
 from trl_stare.trainers.rewards import check_reward
 from trl_stare.trainers.rollout_batch import make_batch
 from trl_stare.trainers.rollout_stream import RolloutStream
+from trl_stare.trainers.sharding import refuse_fsdp, whole_weights
 from trl_stare.trainers.stage_ppo_config import StagePPOConfig
 from trl_stare.trainers.stage_ppo_metrics import IterationClock, evaluation_counts
 from trl_stare.trainers.starts import check_starts
@@ -89,6 +90,7 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         plan.validate_signals(env.signal_names)
         check_starts(train_dataset, eval_dataset)
         check_reward(args.reward, env.signal_names, env.task)
+        refuse_fsdp()
         self.policy, self.env, self.plan = policy, env, plan
         self.env_steps = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -123,7 +125,8 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
 
     def _count_features(self, args: StagePPOConfig) -> int:
         if args.critic != "privileged":
-            return self.policy.model.config.get_text_config().hidden_size
+            # a policy whose features are not its language model's hidden state says how many there are
+            return getattr(self.policy, "num_features", None) or self.policy.model.config.get_text_config().hidden_size
         signals = self.env.reset([0]).signals
         return privileged_features(signals, self.env.signal_names, torch.zeros(self.env.num_envs)).shape[1]
 
@@ -282,7 +285,7 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         args, was_training = self.args, self.model.training
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self.model.eval()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), whole_weights(self.model_wrapped, self.accelerator):
             trajectories = play(
                 self.env,
                 self.policy,
@@ -315,8 +318,8 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The policy as a plain checkpoint, the value head beside it."""
-        folder = output_dir or self.args.output_dir
-        self.accelerator.unwrap_model(self.model).save(folder)
+        if self.args.should_save:  # every process comes here
+            self.accelerator.unwrap_model(self.model).save(output_dir or self.args.output_dir, state_dict)
 
     def _save_run_state(self, folder: Path) -> None:
         self.ledger.sync()
@@ -344,6 +347,9 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
 
     def _load_best_model(self) -> None:
         """`Trainer`'s own looks for the names of policy and critic in one file, finds none, and only warns."""
+        if self.is_deepspeed_enabled:  # all in files of its own
+            super()._load_best_model()
+            return
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

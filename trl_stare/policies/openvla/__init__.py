@@ -2,8 +2,10 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-from trl_stare.policies.openvla.configuration import OpenVLAConfig, VisionTower
+from trl_stare.policies.openvla.configuration import OFTSettings, OpenVLAConfig, VisionTower
+from trl_stare.policies.openvla.memory import MemoryEstimate, estimate_memory
 from trl_stare.policies.openvla.modeling import OpenVLAForActionPrediction, OpenVLAOutput
+from trl_stare.policies.openvla.oft import OpenVLAOFTPolicy
 from trl_stare.policies.openvla.policy import OpenVLAPolicy
 from trl_stare.policies.openvla.processing import OpenVLAImageProcessor, OpenVLAProcessor
 from trl_stare.policies.openvla.tiny import create_tiny_openvla
@@ -14,12 +16,16 @@ AutoImageProcessor.register(OpenVLAConfig, image_processor_classes={"pil": OpenV
 AutoProcessor.register(OpenVLAConfig, OpenVLAProcessor)
 
 __all__ = [
+    "MemoryEstimate",
+    "OFTSettings",
     "OpenVLAConfig",
     "OpenVLAForActionPrediction",
     "OpenVLAImageProcessor",
+    "OpenVLAOFTPolicy",
     "OpenVLAOutput",
     "OpenVLAPolicy",
     "OpenVLAProcessor",
     "VisionTower",
     "create_tiny_openvla",
+    "estimate_memory",
 ]

@@ -49,6 +49,29 @@ VISION_TOWERS = {
 """The ViTs of published OpenVLA checkpoints by timm name; sizes from timm's `vision_transformer.py`."""
 
 
+class OFTSettings(NamedTuple):
+    """What makes an OpenVLA decide on a whole chunk in one forward pass (OpenVLA-OFT, arXiv 2502.19645), with the discrete head.
+
+    None of it is written in a published checkpoint; it has to be what the checkpoint was trained with. Source of the sizes:
+    openvla-oft `prismatic/vla/constants.py`.
+
+    Attributes:
+        chunk_size (`int`): `C`, 8 for LIBERO, 5 for Bridge, 25 for ALOHA.
+        bidirectional (`bool`): every token sees every other one, as in openvla-oft with its fork of transformers; with the stock one
+            the same code is causal.
+        stop_token (`bool`): `</s>` behind the action's tokens, as in openvla-oft; RLinf leaves it out. It only matters where
+            `bidirectional`.
+        num_images (`int`): cameras, the patches of one behind those of the other.
+        state_size (`int`): `P`, values of proprioception that become one token behind the patches; 0 for none.
+    """
+
+    chunk_size: int = 8
+    bidirectional: bool = True
+    stop_token: bool = True
+    num_images: int = 1
+    state_size: int = 0
+
+
 class OpenVLAConfig(PreTrainedConfig):
     """Configuration of [`OpenVLAForActionPrediction`]; the defaults are openvla-7b's.
 
@@ -65,9 +88,12 @@ class OpenVLAConfig(PreTrainedConfig):
         norm_stats (`dict`): statistics by `unnorm_key`, see [`~trl_stare.policies.normalization.ActionStatistics`].
         image_token_id (`int`, *optional*): placeholder of an image patch in `input_ids`; the last appended row by default.
         action_convention (`str`): how actions become robot units, see [`~trl_stare.policies.conventions.get_convention`].
+        action_statistics (`str`, *optional*): which of the checkpoint's statistics scale actions and proprioception, `"quantiles"` (the
+            default where there are several), `"bounds"` (OFT's ALOHA checkpoints) or `"normal"`.
+        oft (`dict`, *optional*): fields of [`OFTSettings`]; `None` for a model that writes one token after the other.
 
     Raises:
-        ValueError: a vision tower whose sizes are unknown.
+        ValueError: a vision tower whose sizes are unknown, or `oft` settings that make no sense.
     """
 
     model_type = "openvla"
@@ -94,6 +120,8 @@ class OpenVLAConfig(PreTrainedConfig):
         norm_stats: dict[str, Any] | None = None,
         image_token_id: int | None = None,
         action_convention: str = "identity",
+        action_statistics: str | None = None,
+        oft: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.vision_backbone_id, self.llm_backbone_id, self.arch_specifier = (
@@ -120,9 +148,46 @@ class OpenVLAConfig(PreTrainedConfig):
             norm_stats or {},
             action_convention,
         )
+        self.action_statistics, self.oft = action_statistics, oft
         self.image_token_id = text_config.vocab_size - 1 if image_token_id is None else image_token_id
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+    @property
+    def oft_settings(self) -> OFTSettings | None:
+        """`oft`, checked."""
+        if self.oft is None:
+            return None
+        if unknown := set(self.oft) - set(OFTSettings._fields):
+            raise ValueError(f"`oft` must hold some of {OFTSettings._fields}, got {sorted(unknown)}.")
+        settings = OFTSettings(**self.oft)
+        if settings.chunk_size < 1 or settings.num_images < 1 or settings.state_size < 0:
+            raise ValueError(
+                f"`oft` must have a `chunk_size` and `num_images` of at least 1 and no negative `state_size`, got {settings}."
+            )
+        return settings
+
+    @property
+    def policy_type(self) -> str:
+        """Which policy a checkpoint becomes; `model_type` is the same for both, since the published code knows no other."""
+        return "openvla" if self.oft is None else "openvla_oft"
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of the (square) picture that the towers see."""
+        return self.image_sizes[0]
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholders before the prompt: the patches of all images, and one for proprioception where the model reads it."""
+        patches = (self.image_size // self.towers()[0].patch_size) ** 2
+        oft = self.oft_settings or OFTSettings()
+        return oft.num_images * patches + (oft.state_size > 0)
+
+    @property
+    def action_slot_id(self) -> int:
+        """Placeholder of an action token that OFT is to predict: the appended row before that of the image. Its embedding is zero."""
+        return self.image_token_id - 1
 
     @property
     def action_token_ids(self) -> list[int]:

@@ -34,7 +34,7 @@ class OpenVLAOutput(ModelOutput):
         logits (`Tensor`): `[N, S, vocabulary]`, the last `logits_to_keep` positions.
         last_hidden_state (`Tensor`): `[N, S, F]`, all positions, after the final norm.
         past_key_values (`Cache`, *optional*). hidden_states, attentions (`tuple`, *optional*): the decoder's.
-        image_hidden_states (`Tensor`, *optional*): `[N, patches, F]`, projected.
+        image_hidden_states (`Tensor`, *optional*): `[N, image tokens, F]`, projected.
     """
 
     loss: Tensor | None = None
@@ -59,6 +59,19 @@ class OpenVLAProjector(nn.Module):
         """`[N, patches, F]` -> `[N, patches, F]`."""
         hidden = self.fc2(F.gelu(self.fc1(features)))
         return hidden if self.fc3 is None else self.fc3(F.gelu(hidden))
+
+
+class ProprioProjector(nn.Module):
+    """Proprioception -> one token (openvla-oft `prismatic/models/projectors.py`, where it is a file of its own)."""
+
+    def __init__(self, state_size: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(state_size, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """`[N, P]` -> `[N, 1, F]`."""
+        return self.fc2(F.gelu(self.fc1(state)))[:, None]
 
 
 class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
@@ -89,6 +102,9 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
             config.use_fused_vision_backbone, self.vision_backbone.width, config.text_config.hidden_size
         )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.oft = config.oft_settings
+        if self.oft is not None and self.oft.state_size:
+            self.proprio_projector = ProprioProjector(self.oft.state_size, config.text_config.hidden_size)
         self.post_init()
 
     @torch.no_grad()
@@ -121,18 +137,28 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholders of one image in `input_ids`."""
-        return self.vision_backbone.num_patches
+        """Placeholders in `input_ids` of what is seen: all images, and proprioception."""
+        return self.config.num_image_tokens
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """`[N, C, H, W]` -> `[N, patches, F]`, the decoder's embeddings of the image."""
-        return self.projector(self.vision_backbone(pixel_values))
+        """`[N, images * C, H, W]` -> `[N, images * patches, F]`, the decoder's embeddings of the images.
+
+        Raises:
+            ValueError: channels that are not those of so many images.
+        """
+        n, channels = pixel_values.shape[:2]
+        images = 1 if self.oft is None else self.oft.num_images
+        if channels % images:
+            raise ValueError(f"`pixel_values` must hold {images} images in its channels, got {channels} channels.")
+        features = self.vision_backbone(pixel_values.unflatten(1, (images, -1)).flatten(0, 1))
+        return self.projector(features).view(n, -1, self.config.text_config.hidden_size)
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        state: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -144,12 +170,14 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         Args:
             input_ids (`Tensor`): `[N, S]`, with one placeholder per patch, or, with `pixel_values`, without any.
             attention_mask (`Tensor`, *optional*): `[N, S]`, or with the length of cache and `S` together.
-            pixel_values (`Tensor`, *optional*): `[N, 3, H, W]` uint8 or normalised float; left out in cached steps.
+            pixel_values (`Tensor`, *optional*): `[N, 3, H, W]` uint8 or normalised float; left out in cached steps. Of several images
+                (`config.oft`) the channels stand behind each other.
+            state (`Tensor`, *optional*): `[N, P]`, normalised, where `config.oft` has a `state_size`.
             labels (`Tensor`, *optional*): `[N, S]`, -100 where there is nothing to predict.
             logits_to_keep (`int`): compute logits of so many last positions; 0 means all.
 
         Raises:
-            ValueError: the placeholders are not as many as the image has patches.
+            ValueError: the placeholders are not as many as the image has patches, or `state` is missing.
         """
         image = None
         if inputs_embeds is None:
@@ -157,10 +185,14 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
                 input_ids, attention_mask, labels = self.expand_image_tokens(input_ids, attention_mask, labels)
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None:
-                image = self.get_image_features(pixel_values).to(inputs_embeds.dtype)
+                image = self._see(pixel_values, state).to(inputs_embeds.dtype)
                 inputs_embeds = self._insert_image(input_ids, inputs_embeds, image)
+            if self.oft is not None:
+                inputs_embeds = inputs_embeds.masked_fill((input_ids == self.config.action_slot_id)[..., None], 0)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        if self.oft is not None and self.oft.bidirectional:
+            attention_mask = self._bidirectional_mask(attention_mask, inputs_embeds)
         output = self.get_decoder()(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -185,6 +217,33 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
             attentions=output.attentions,
             image_hidden_states=image,
         )
+
+    def _see(self, pixel_values: Tensor, state: Tensor | None) -> Tensor:
+        """`[N, image tokens, F]`: images, then proprioception."""
+        image = self.get_image_features(pixel_values)
+        size = 0 if self.oft is None else self.oft.state_size
+        if (state is None and size) or (state is not None and state.shape != (len(image), size)):
+            raise ValueError(
+                f"`state` must be `[{len(image)}, {size}]`, or `None` for size 0, got {None if state is None else [*state.shape]}."
+            )
+        return image if state is None else torch.cat([image, self.proprio_projector(state.to(image.dtype))], dim=1)
+
+    def _bidirectional_mask(self, attention_mask: Tensor | None, embeddings: Tensor) -> Tensor:
+        """`[N, S]` -> `[N, 1, S, S]`: every position sees every attended one, later ones too.
+
+        The published code needs a fork of transformers for this. With a mask of four dimensions the stock decoder makes none.
+        """
+        kind = self.language_model.config._attn_implementation
+        if kind not in ("sdpa", "eager"):
+            raise ValueError(
+                f"`attn_implementation` must be 'sdpa' or 'eager' for a bidirectional model, got {kind!r}."
+            )
+        if attention_mask is None:
+            attention_mask = embeddings.new_ones(embeddings.shape[:2])
+        mask = attention_mask.bool()[:, None, None].expand(-1, 1, embeddings.shape[1], -1)
+        if kind == "sdpa":
+            return mask
+        return torch.zeros_like(mask, dtype=embeddings.dtype).masked_fill(~mask, torch.finfo(embeddings.dtype).min)
 
     def _insert_image(self, input_ids: Tensor, embeddings: Tensor, image: Tensor) -> Tensor:
         placeholders = input_ids == self.config.image_token_id
@@ -258,10 +317,15 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         """The published interface: one prompt `[1, S]` -> one action `[A]`, un-normalised, `generate`'s options in `kwargs`.
 
         Raises:
-            ValueError: `unnorm_key` is unknown (the known ones are listed).
+            ValueError: `unnorm_key` is unknown (the known ones are listed), or the model decides on chunks.
         """
+        if self.oft is not None:
+            raise ValueError(
+                "`predict_action` writes one token after the other, got a model with `oft`. Use its policy's `act`."
+            )
         actions = BinnedActions(
-            ActionStatistics.of_checkpoint(self.config.norm_stats, unnorm_key), self.config.n_action_bins
+            ActionStatistics.of_checkpoint(self.config.norm_stats, unnorm_key, kind=self.config.action_statistics),
+            self.config.n_action_bins,
         )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)

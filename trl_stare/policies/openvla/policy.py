@@ -46,12 +46,12 @@ class OpenVLAPolicy(AutoregressivePolicy, model_type="openvla"):
             config.action_convention = action_convention
         self.convention = get_convention(config.action_convention)
         unnorm_key = select_statistics(config.norm_stats, unnorm_key)
-        statistics = ActionStatistics.of_checkpoint(config.norm_stats, unnorm_key)
+        statistics = ActionStatistics.of_checkpoint(config.norm_stats, unnorm_key, kind=config.action_statistics)
         super().__init__(
             model,
             processor,
             BinnedActions(statistics, config.n_action_bins),
-            chunk_size=1,
+            chunk_size=1 if config.oft is None else config.oft_settings.chunk_size,
             action_dim=statistics.action_dim,
             unnorm_key=unnorm_key,
             action_token_ids=config.action_token_ids,
@@ -82,11 +82,11 @@ class OpenVLAPolicy(AutoregressivePolicy, model_type="openvla"):
         return output, output.last_hidden_state
 
     def encode(self, actions: Tensor) -> Tensor:
-        """`[N, 1, A]` robot units -> `[N, A]` bins."""
+        """`[N, C, A]` robot units -> `[N, C * A]` bins."""
         return super().encode(actions if self.convention is None else self.convention.from_robot(actions))
 
     def decode(self, trace: Tensor) -> Tensor:
-        """`[N, A]` bins -> `[N, 1, A]` float32 robot units."""
+        """`[N, C * A]` bins -> `[N, C, A]` float32 robot units."""
         actions = super().decode(trace)
         return actions if self.convention is None else self.convention.to_robot(actions)
 
@@ -94,7 +94,7 @@ class OpenVLAPolicy(AutoregressivePolicy, model_type="openvla"):
         """`<s> <image> ... In: What action should the robot take to {instruction}?\\nOut: ` in ids; never decoded and read again."""
         tokenizer, config = self.processor.tokenizer, self.model.config
         text = tokenizer(PROMPT.format(instruction=instruction.lower()), add_special_tokens=False)["input_ids"]
-        image = [config.image_token_id] * ((config.image_sizes[0] // config.towers()[0].patch_size) ** 2)
+        image = [config.image_token_id] * config.num_image_tokens
         ids = [tokenizer.bos_token_id, *image, *text]
         if ids[-1] != EMPTY_TOKEN_ID:
             ids.append(EMPTY_TOKEN_ID)

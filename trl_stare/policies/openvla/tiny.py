@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_stare.policies.openvla.configuration import OpenVLAConfig
 from trl_stare.policies.openvla.modeling import EMPTY_TOKEN_ID, OpenVLAForActionPrediction
+from trl_stare.policies.openvla.oft import OpenVLAOFTPolicy
 from trl_stare.policies.openvla.policy import OpenVLAPolicy
 from trl_stare.policies.openvla.processing import OpenVLAImageProcessor, OpenVLAProcessor
 
@@ -50,7 +51,7 @@ def create_tiny_openvla(norm_stats: dict[str, Any], **config: Any) -> OpenVLAPol
 
     Args:
         norm_stats (`dict`): `{key: {"action": {"q01": [A], "q99": [A], "mask": [A]}}}`.
-        config: for [`OpenVLAConfig`].
+        config: for [`OpenVLAConfig`]; with `oft` the policy is an [`OpenVLAOFTPolicy`].
     """
     text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.1}
@@ -62,4 +63,5 @@ def create_tiny_openvla(norm_stats: dict[str, Any], **config: Any) -> OpenVLAPol
         "norm_stats": norm_stats,
     }
     model = OpenVLAForActionPrediction(OpenVLAConfig(**settings | config)).eval()
-    return OpenVLAPolicy(model, OpenVLAProcessor(OpenVLAImageProcessor.of_config(model.config), build_tokenizer()))
+    policy_class = OpenVLAPolicy if model.config.oft is None else OpenVLAOFTPolicy
+    return policy_class(model, OpenVLAProcessor(OpenVLAImageProcessor.of_config(model.config), build_tokenizer()))

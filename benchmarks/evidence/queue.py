@@ -1,0 +1,130 @@
+"""What is to be run: a file of arms, read and checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+METHODS = {
+    "sft": (),
+    "tpo": ("tpo-mean",),
+    "sta-tpo": ("sta-tpo",),
+    "ppo": ("ppo",),
+    "sta-ppo": ("sta-ppo",),
+    "ipi": ("sta-tpo", "sta-ppo"),
+}
+"""Method -> what is done to the start checkpoint, in order. `sft` is the checkpoint itself."""
+
+PREFERENCE = ("tpo-mean", "sta-tpo")
+"""Of these steps the preference ones, by the name of their objective."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method from one checkpoint.
+
+    Args:
+        name (`str`): in tables and folders.
+        method (`str`): one of `METHODS`.
+        start (`str`): name of a checkpoint that the command line gives.
+        seeds (`tuple[int, ...]`): training seeds, a run each.
+        preference (`Mapping`): flags of `benchmarks/preference_learning.py`. ppo (`Mapping`): flags of `recipes/ppo.py`.
+
+    Raises:
+        ValueError: for an unknown method, no seeds, or a setting of something that the method does not do.
+    """
+
+    name: str
+    method: str
+    start: str
+    seeds: tuple[int, ...]
+    preference: Mapping[str, Any] = field(default_factory=dict)
+    ppo: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(
+                f"`method` of arm {self.name!r} must be one of {', '.join(METHODS)}, got {self.method!r}."
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"`seeds` of arm {self.name!r} must be different training seeds, got {[*self.seeds]}.")
+
+
+@dataclass(frozen=True)
+class Queue:
+    """All arms on one task.
+
+    Args:
+        task (`str`): registered task name.
+        arms (`tuple[Arm, ...]`): what is run.
+        compare (`tuple[tuple[str, str], ...]`): arms to test against each other, the baseline first.
+        eval_episodes (`int`): held-out seeds 0, 1, ... on which every checkpoint is evaluated.
+        temperature (`float`): sampling temperature of rollouts and evaluation.
+        num_envs (`int`): environments, over all worker processes.
+        window (`int`): iterations over which the success of rollouts is averaged in learning curves.
+
+    Raises:
+        ValueError: if arms share a name, or a comparison names none or has other training seeds on its two sides.
+    """
+
+    task: str
+    arms: tuple[Arm, ...]
+    compare: tuple[tuple[str, str], ...] = ()
+    eval_episodes: int = 300
+    temperature: float = 1.0
+    num_envs: int = 16
+    window: int = 2
+
+    def __post_init__(self):
+        arms = {arm.name: arm for arm in self.arms}
+        for pair in self.compare:
+            if len(pair) != 2 or not arms.keys() >= set(pair):
+                raise ValueError(f"`compare` must hold pairs of {', '.join(arms)}, got {[*pair]}.")
+            if arms[pair[0]].seeds != arms[pair[1]].seeds:
+                raise ValueError(f"`compare` must hold arms with equal `seeds`, got {[*pair]}. Give both the same.")
+        for name in ("eval_episodes", "num_envs", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def runs(self) -> list[tuple[int, Arm]]:
+        """Training seed and arm of every run: all arms of one seed, then of the next, so that pairs are complete early.
+
+        Example: arms `ppo` and `sta-ppo` with seeds 0 and 1: `0 ppo, 0 sta-ppo, 1 ppo, 1 sta-ppo`.
+        """
+        seeds = dict.fromkeys(seed for arm in self.arms for seed in arm.seeds)
+        return [(seed, arm) for seed in seeds for arm in self.arms if seed in arm.seeds]
+
+
+def read_queue(path: Path) -> Queue:
+    """A file of arms. Its `start`, `seeds`, `preference` and `ppo` hold for every arm that has no other; an arm's own
+    `preference` and `ppo` are laid over them, setting by setting.
+
+    Raises:
+        ValueError: for what [`Queue`] and [`Arm`] refuse, and for unknown names; says which.
+
+    Example: `{task: StackCube-v1, start: weak, seeds: [0, 1], ppo: {preset: small-cpu}, arms: {ppo: {method: ppo}}}`.
+    """
+    given = yaml.safe_load(path.read_text())
+    shared = {name: given.pop(name) for name in ("start", "seeds", "preference", "ppo") if name in given}
+    arms = tuple(_arm(name, settings or {}, shared) for name, settings in given.pop("arms").items())
+    _refuse_unknown(path, given, [part.name for part in fields(Queue)])
+    compare = tuple(tuple(pair) for pair in given.pop("compare", ()))
+    return Queue(arms=arms, compare=compare, **given)
+
+
+def _arm(name: str, settings: Mapping[str, Any], shared: Mapping[str, Any]) -> Arm:
+    given = {"method": name} | dict(shared) | dict(settings)
+    for part in ("preference", "ppo"):
+        given[part] = {**shared.get(part, {}), **settings.get(part, {})}
+    _refuse_unknown(f"arm {name!r}", given, [part.name for part in fields(Arm)])
+    return Arm(**given | {"name": name, "seeds": tuple(given.get("seeds", ()))})
+
+
+def _refuse_unknown(where: Any, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    if unknown := set(given) - set(known):
+        raise ValueError(f"{where} must hold only {', '.join(known)}, got {', '.join(sorted(unknown))}.")

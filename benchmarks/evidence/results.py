@@ -1,0 +1,169 @@
+"""`results.json` and its table: rates with intervals, paired tests, environment steps, where episodes are lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.evidence.curves import learning_curve, moving_success, steps_to_reach
+from benchmarks.evidence.queue import Arm, Queue
+from benchmarks.evidence.runs import Step
+from trl_stare import StagePlan
+from trl_stare.evaluation import Comparison, EpisodeResult, Proportion, format_rate, package_versions, paired
+from trl_stare.stages import stage_success
+
+LEVELS = (0.5, 0.8)
+"""Success in rollouts whose cost in environment steps is told."""
+
+Episodes = Mapping[int, Sequence[EpisodeResult]]
+"""Training seed -> evaluation."""
+
+
+def summarise(episodes: Episodes, plan: StagePlan) -> dict[str, Any]:
+    """One row of the table: the evaluations of all training seeds together, and each by itself.
+
+    Returns:
+        `n_episodes`, `success_once` and `success_at_end` with Wilson 95 % intervals, `success_once_per_seed`; of each stage `stage_counts`
+        (passed, reached), `stage_success` (P(stage | previous stage)) and `lost`, the share of all episodes that reached it and
+        did not pass it; the stage `loses_most_in`, `None` where all episodes succeed.
+    """
+    pooled = [episode for seed in episodes for episode in episodes[seed]]
+    row: dict[str, Any] = {"n_episodes": len(pooled)}
+    for rule in ("success_once", "success_at_end"):
+        rate = Proportion.of([getattr(episode, rule) for episode in pooled])
+        row |= {rule: rate.rate, f"{rule}_ci95": list(rate.wilson())}
+    row["success_once_per_seed"] = {
+        seed: Proportion.of([episode.success_once for episode in episodes[seed]]).rate for seed in episodes
+    }
+    counts = dict(zip(plan.names, stage_success([e.segments for e in pooled], len(plan)), strict=True))
+    row["stage_counts"] = {stage: list(count) for stage, count in counts.items()}
+    row["stage_success"] = {stage: p / reached if reached else None for stage, (p, reached) in counts.items()}
+    row["lost"] = {stage: (reached - p) / len(pooled) for stage, (p, reached) in counts.items()}
+    worst = max(row["lost"], key=row["lost"].get)
+    return row | {"loses_most_in": worst if row["lost"][worst] else None}
+
+
+def compare(a: Episodes, b: Episodes) -> dict[str, Any]:
+    """`b` against `a` on the same held-out seeds: pooled over the training seeds both have, and for each of them.
+
+    The exact test counts each pair of episodes as independent. Those of different training seeds begin alike, so that the pooled p is
+    somewhat too small where the outcome hangs on the start: read it beside the values of the single seeds.
+    """
+    pairs = {seed: paired(a[seed], b[seed]) for seed in a if seed in b}
+    whole = Comparison.of("success_once", *([x for pair in pairs.values() for x in pair[i]] for i in (0, 1)))
+    each = {seed: Comparison.of("success_once", *pair) for seed, pair in pairs.items()}
+    return _test(whole) | {"per_seed": {seed: _test(comparison) for seed, comparison in each.items()}}
+
+
+def _test(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "n": comparison.a.n,
+        "difference": comparison.difference.value,
+        "difference_ci95": [comparison.difference.low, comparison.difference.high],
+        **comparison.test._asdict(),
+    }
+
+
+def learning(queue: Queue, steps: Mapping[int, Sequence[Step]], first_stage: str) -> dict[str, Any]:
+    """Training seed -> environment steps to train and to reach each level, and the curve; all empty for `sft`."""
+    found: dict[str, Any] = {"env_steps": {}, "curves": {}, "reach": {f"{level:.0%}": {} for level in LEVELS}}
+    for seed, done in steps.items():
+        found["env_steps"][seed] = sum(step.env_steps for step in done)
+        if not done or done[-1].ledger is None:
+            continue
+        before = sum(step.env_steps for step in done[:-1])
+        curve = learning_curve(done[-1].ledger, first_stage, steps_before=before)
+        found["curves"][seed] = moving_success(curve, queue.window)
+        for level in LEVELS:
+            found["reach"][f"{level:.0%}"][seed] = steps_to_reach(curve, level, queue.window)
+    return found
+
+
+def build_results(
+    queue: Queue,
+    plan: StagePlan,
+    starts: Mapping[str, Episodes],
+    arms: Mapping[str, tuple[Mapping[int, Sequence[Step]], Episodes]],
+    checkpoints: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The content of `results.json`.
+
+    Args:
+        queue ([`Queue`]): what was to be run. plan ([`StagePlan`]): of its task.
+        starts (`Mapping`): name of a checkpoint -> its evaluations, one with the sampling seed of each training seed.
+        arms (`Mapping`): name of an arm -> its finished steps and its evaluations, by training seed.
+        checkpoints (`Mapping`): name of a checkpoint -> what tells it from others.
+    """
+    by_name: dict[str, Arm] = {arm.name: arm for arm in queue.arms}
+    rows, tests = {}, []
+    for name, (steps, episodes) in arms.items():
+        arm = by_name[name]
+        rows[name] = {"method": arm.method, "start": arm.start} | summarise(episodes, plan)
+        rows[name] |= learning(queue, steps, plan.names[0])
+        rows[name]["missing_seeds"] = [seed for seed in arm.seeds if seed not in episodes]
+        if arm.method != "sft":
+            tests.append({"a": arm.start, "b": name} | compare(starts[arm.start], episodes))
+    for a, b in queue.compare:
+        if a in arms and b in arms and arms[a][1].keys() & arms[b][1].keys():
+            tests.append({"a": a, "b": b} | compare(arms[a][1], arms[b][1]))
+    return {
+        "queue": asdict(queue),
+        "checkpoints": checkpoints,
+        "versions": package_versions(),
+        "stages": list(plan.names),
+        "starts": {name: summarise(episodes, plan) for name, episodes in starts.items()},
+        "arms": rows,
+        "comparisons": tests,
+    }
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The tables a reader sees."""
+    queue = results["queue"]
+    lines = [
+        f"# {queue['task']}",
+        "",
+        f"Each checkpoint on the held-out seeds 0 to {queue['eval_episodes'] - 1}, sampled at temperature {queue['temperature']:g}; "
+        "success at any step, Wilson 95 % intervals over the episodes of all training seeds. Environment steps to 50 and 80 % success: "
+        f"over the last {queue['window']} rollouts, one value a training seed, - where it was not reached.",
+        "",
+        "| | n | success | per training seed, % | to 50 %, 1000 steps | to 80 %, 1000 steps | 1000 steps in all | loses most in |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in (results["starts"] | results["arms"]).items():
+        reach = row.get("reach", {})
+        cells = [
+            name,
+            str(row["n_episodes"]),
+            format_rate(row["success_once"], row["success_once_ci95"]),
+            ", ".join(f"{100 * rate:.1f}" for rate in row["success_once_per_seed"].values()),
+            *(_thousands(reach.get(f"{level:.0%}", {}).values()) for level in LEVELS),
+            _thousands(row.get("env_steps", {}).values()),
+            _worst(row),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| paired on the same seeds | n | difference, points | only the second, only the first | p (exact McNemar) |",
+    ]
+    lines += ["|---|---|---|---|---|"]
+    for test in results["comparisons"]:
+        low, high = test["difference_ci95"]
+        each = ", ".join(f"{100 * part['difference']:+.1f}" for part in test["per_seed"].values())
+        difference = f"{100 * test['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({each})"
+        counts = f"{test['b_only']}, {test['a_only']}"
+        lines.append(f"| {test['a']} -> {test['b']} | {test['n']} | {difference} | {counts} | {test['p_value']:.2g} |")
+    missing = {name: row["missing_seeds"] for name, row in results["arms"].items() if row["missing_seeds"]}
+    if missing:
+        lines += ["", "Not finished: " + "; ".join(f"{name}, seeds {seeds}" for name, seeds in missing.items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _thousands(values: Any) -> str:
+    return ", ".join("-" if value is None else f"{value / 1000:.0f}" for value in values) or "-"
+
+
+def _worst(row: Mapping[str, Any]) -> str:
+    stage = row["loses_most_in"]
+    return "-" if stage is None else f"{stage} ({100 * row['lost'][stage]:.0f} % of episodes)"

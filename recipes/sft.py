@@ -1,0 +1,102 @@
+"""Imitation of stored demonstrations by any checkpoint: of all its weights, or by a LoRA that is merged into them at the end.
+
+    python recipes/collect.py --task PutCarrotOnPlateInScene-v1 --episodes 140 --noise 0.08 --successes_only --image_size 224 \
+        --output_dir data/carrot
+    accelerate launch recipes/sft.py --config recipes/configs/openvla_7b_bridge_sft.yaml --demonstrations data/carrot \
+        --output_dir outputs/carrot/sft
+
+`--unnorm_key` says which of a published checkpoint's statistics scale the actions, `--new_statistics` takes them from the
+demonstrations (another robot); what is saved holds these only, so that no later command needs a key. The same command with the
+same `--output_dir` continues where it stopped.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from trl_stare import StageSFTConfig, StageSFTTrainer, TokenPolicy, get_plan
+from trl_stare.data import TrajectoryFolder
+from trl_stare.policies import quantile_statistics
+from trl_stare.policies.adapters import merge_adapter
+from trl_stare.policies.conventions import get_convention
+from trl_stare.tasks import import_tasks
+
+
+@dataclass
+class SFTArguments:
+    """Who imitates what; how is said by `StageSFTConfig` and TRL's `ModelConfig`."""
+
+    model: str = field(metadata={"help": "Checkpoint to start from (folder or Hub id)."})
+    demonstrations: str = field(metadata={"help": "Folder of demonstrations (see `recipes/collect.py`)."})
+    unnorm_key: str | None = field(
+        default=None, metadata={"help": "Which of the checkpoint's statistics; not needed where there is one."}
+    )
+    new_statistics: bool = field(
+        default=False, metadata={"help": "Scale actions by the demonstrations, not by the checkpoint's statistics."}
+    )
+    action_convention: str | None = field(
+        default=None, metadata={"help": "How actions become robot units, e.g. 'bridge'; default the checkpoint's."}
+    )
+    oft: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of `OFTSettings`: decide on a chunk in one forward pass."}
+    )
+    task_module: str | None = field(
+        default=None, metadata={"help": "Module, or its file, that registers tasks of your own."}
+    )
+
+
+def main(args: SFTArguments, config: StageSFTConfig, model_args: ModelConfig) -> None:
+    """Train, merge the adapter where there is one, and save to `output_dir`."""
+    import_tasks(args.task_module)
+    set_seed(config.seed)  # LoRA's first weights are random
+    shown = TrajectoryFolder(args.demonstrations)
+    policy = load(args, model_args)
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
+        peft_config.task_type = None  # PEFT's tasks are those of text models
+    trainer = StageSFTTrainer(policy, config, shown, get_plan(shown[0].task), peft_config=peft_config)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or get_last_checkpoint(config.output_dir))
+    if peft_config is None:
+        trainer.save_model(config.output_dir)
+    elif PartialState().is_main_process:
+        policy.model = merge_adapter(policy.model)
+        policy.save_pretrained(config.output_dir)
+    PartialState().wait_for_everyone()
+
+
+def load(args: SFTArguments, model_args: ModelConfig) -> TokenPolicy:
+    """The checkpoint with the settings that were given, and with one set of statistics."""
+    changes: dict[str, Any] = {"oft": args.oft} if args.oft else {}
+    if args.action_convention is not None:
+        changes["action_convention"] = args.action_convention
+    if args.new_statistics:
+        changes["norm_stats"] = statistics_of(args)
+    policy = TokenPolicy.from_pretrained(
+        args.model,
+        None if args.new_statistics else args.unnorm_key,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        **changes,
+    )
+    policy.model.config.norm_stats = {policy.unnorm_key: policy.model.config.norm_stats[policy.unnorm_key]}
+    return policy
+
+
+def statistics_of(args: SFTArguments) -> dict[str, Any]:
+    """Of what the demonstrations did and of proprioception, under the task's name."""
+    shown = TrajectoryFolder(args.demonstrations, images=False)
+    name = args.action_convention or AutoConfig.from_pretrained(args.model).action_convention
+    convention, labels = get_convention(name), torch.cat([demonstration.labels for demonstration in shown])
+    actions = quantile_statistics(labels if convention is None else convention.from_robot(labels))
+    actions["mask"][-1] = False  # the gripper opens and closes, nothing between: OpenVLA leaves it as it is
+    state = quantile_statistics(torch.cat([demonstration.state for demonstration in shown]))
+    return {shown[0].task: {"action": actions, "proprio": state}}
+
+
+if __name__ == "__main__":
+    main(*TrlParser((SFTArguments, StageSFTConfig, ModelConfig)).parse_args_and_config())

@@ -1,0 +1,80 @@
+"""Requests: read field by field, with errors that say what was wrong."""
+
+import numpy as np
+import pytest
+import torch
+
+from trl_stare.serving import Limits, read_request
+
+LIMITS = Limits(max_rows=4, max_pixels=16, max_characters=10)
+IMAGE = np.zeros((8, 12, 3), np.uint8)
+STATE = np.arange(3.0)
+GOOD = {"image": IMAGE, "state": STATE, "instruction": "stack"}
+
+
+def rows(n):
+    return {"image": np.zeros((n, 8, 12, 3), np.uint8), "state": np.zeros((n, 3)), "instruction": "stack"}
+
+
+def test_one_observation_and_several():
+    one = read_request(GOOD, LIMITS, 3)
+    assert one.single and one.obs.images.shape == (1, 8, 12, 3) and one.obs.instructions == ("stack",)
+    assert torch.equal(one.obs.state, torch.tensor([[0.0, 1.0, 2.0]]))
+    assert (one.temperature, one.reset, one.seed) == (None, False, None)
+    two = read_request(rows(2) | {"instruction": ["a", "b"], "temperature": 0, "reset": True, "seed": 5}, LIMITS, 3)
+    assert not two.single and two.obs.instructions == ("a", "b") and two.obs.state.dtype == torch.float32
+    assert (two.temperature, two.reset, two.seed) == (0.0, True, 5)
+
+
+def test_openpis_names():
+    renamed = {"observation/image": IMAGE, "observation/state": STATE, "prompt": "stack"}
+    theirs, ours = read_request(renamed, LIMITS).obs, read_request(GOOD, LIMITS).obs
+    assert torch.equal(theirs.images, ours.images) and torch.equal(theirs.state, ours.state)
+    assert theirs.instructions == ours.instructions
+
+
+def test_a_reset_alone_and_a_policy_without_state():
+    assert read_request({"reset": True}, LIMITS, 3).obs is None
+    assert read_request({"image": IMAGE, "instruction": "stack"}, LIMITS).obs.state is None
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ([], "a request must be a map, got list"),
+        ({}, "`image` must be uint8.*got none"),
+        (GOOD | {"imgae": IMAGE}, "must hold only image, .*got imgae"),
+        (GOOD | {"image": IMAGE.astype(np.float32)}, r"got float32 \[8, 12, 3\]"),
+        (GOOD | {"image": IMAGE[..., :2]}, r"got uint8 \[8, 12, 2\]"),
+        (GOOD | {"image": IMAGE[0]}, r"got uint8 \[12, 3\]"),
+        (GOOD | {"image": IMAGE[:0]}, r"got uint8 \[0, 12, 3\]"),
+        (GOOD | {"image": "picture.png"}, "got str"),
+        (GOOD | {"image": np.zeros((17, 1, 3), np.uint8)}, "at most 16 pixels a side"),
+        (rows(5), "at most 4 observations, got 5"),
+        (rows(0), r"got uint8 \[0, 8, 12, 3\]"),
+        (GOOD | {"state": None}, r"`state` must be \[3\] or \[N, 3\], got none"),
+        (GOOD | {"state": [0.0, 1.0, 2.0]}, r"shape \[3\], got list"),
+        (GOOD | {"state": STATE[:2]}, r"shape \[3\], got \[2\]"),
+        (GOOD | {"state": STATE[None]}, r"shape \[3\], got \[1, 3\]"),
+        (rows(2) | {"state": np.zeros((3, 3))}, r"shape \[2, 3\], got \[3, 3\]"),
+        (GOOD | {"state": np.array([0.0, np.nan, np.inf])}, "not finite"),
+        (GOOD | {"instruction": None}, "a string, or a list of 1, got 'None'"),
+        (rows(2) | {"instruction": ["a"]}, "a string, or a list of 2"),
+        (rows(2) | {"instruction": ["a", 1]}, "a string, or a list of 2"),
+        (GOOD | {"instruction": "x" * 11}, "at most 10 characters, got 11"),
+        (GOOD | {"temperature": -1}, "`temperature` must be a number, at least 0, got -1"),
+        (GOOD | {"temperature": float("nan")}, "got nan"),
+        (GOOD | {"temperature": True}, "got True"),
+        (GOOD | {"reset": 1}, "`reset` must be true or false, got 1"),
+        (GOOD | {"seed": 1}, "given with `reset`, got 1"),
+        (GOOD | {"reset": True, "seed": -1}, "from 0 to .*got -1"),
+    ],
+)
+def test_what_is_wrong_is_named(message, error):
+    with pytest.raises(ValueError, match=error):
+        read_request(message, LIMITS, 3)
+
+
+def test_limits_are_positive():
+    with pytest.raises(ValueError, match="`max_rows` must be at least 1, got 0"):
+        Limits(max_rows=0)

@@ -1,0 +1,16 @@
+"""Policies that denoise continuous actions instead of writing tokens: pi0."""
+
+from trl_stare.policies.flow.lerobot import LEROBOT_NAMES, lerobot_name, load_lerobot_pi0
+from trl_stare.policies.flow.policy import FlowPolicy, FlowSettings
+from trl_stare.policies.flow.processing import FlowProcessor
+from trl_stare.policies.flow.tiny import create_tiny_pi0
+
+__all__ = [
+    "LEROBOT_NAMES",
+    "FlowPolicy",
+    "FlowProcessor",
+    "FlowSettings",
+    "create_tiny_pi0",
+    "lerobot_name",
+    "load_lerobot_pi0",
+]

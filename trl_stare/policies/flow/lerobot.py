@@ -1,0 +1,102 @@
+"""LeRobot's checkpoints: pi0 loads natively; SmolVLA and pi0.5 need LeRobot itself, which cannot be installed beside us."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PI0Config, PI0ForConditionalGeneration
+from transformers.utils import cached_file
+
+from trl_stare.policies.flow.policy import FlowPolicy
+from trl_stare.policies.flow.processing import FlowProcessor
+
+LEROBOT_NAMES = {
+    "paligemma_with_expert.paligemma.model.": "model.vlm.",
+    "paligemma_with_expert.paligemma.lm_head.": "model.vlm.language_model.embed_tokens.",
+    "paligemma_with_expert.gemma_expert.model.": "model.dit.",
+    "paligemma_with_expert.gemma_expert.lm_head.": "model.dit.embed_tokens.",
+    "state_proj.": "embed_action_time.state_proj.",
+    "action_in_proj.": "embed_action_time.action_in_proj.",
+    "action_time_mlp_in.": "embed_action_time.action_time_mlp_in.",
+    "action_time_mlp_out.": "embed_action_time.action_time_mlp_out.",
+    "action_out_proj.": "action_out_proj.",
+}
+"""LeRobot's prefix -> transformers'. Newer LeRobot checkpoints put `model.` before all of them. transformers renames by itself when
+it loads and, back again, when it saves (`conversion_mapping.py`, "pi0"): what we save has LeRobot's names too."""
+
+_SAME_FIELDS = ("chunk_size", "max_state_dim", "max_action_dim", "num_inference_steps", "min_period", "max_period")
+_NEEDS_LEROBOT = ("smolvla", "pi05", "pi0_fast")
+
+
+def lerobot_name(name: str) -> str:
+    """The name in `PI0ForConditionalGeneration` of a tensor of LeRobot's pi0.
+
+    Raises:
+        ValueError: LeRobot's pi0 has no such tensor.
+
+    Example: `"model.state_proj.bias"` is `"embed_action_time.state_proj.bias"`.
+    """
+    short = name.removeprefix("model.")
+    for theirs, ours in LEROBOT_NAMES.items():
+        if short.startswith(theirs):
+            return ours + short.removeprefix(theirs)
+    raise ValueError(f"`name` must be of LeRobot's pi0, beginning with one of {sorted(LEROBOT_NAMES)}, got {name!r}.")
+
+
+def load_lerobot_pi0(
+    folder: str | Path, *, tokenizer: Any, norm_stats: dict[str, Any], config: PI0Config | None = None, **kwargs: Any
+) -> FlowPolicy:
+    """A [`FlowPolicy`] from a checkpoint that LeRobot wrote, such as `lerobot/pi0_base`.
+
+    LeRobot keeps neither tokenizer nor, in older versions, statistics in the checkpoint; save the policy, and both are.
+
+    Args:
+        folder (`str`): a folder or a Hub id with LeRobot's `config.json` and `model.safetensors`.
+        tokenizer (`PreTrainedTokenizerBase`): `AutoTokenizer.from_pretrained("google/paligemma-3b-pt-224")`.
+        norm_stats (`dict`): `{key: {"action": {"mean": [A], "std": [A]}, "state": {"mean": [P], "std": [P]}}}`, of the data that the
+            checkpoint was trained on or that it will be.
+        config (`PI0Config`, *optional*): the architecture, where it is not the published one.
+        kwargs: for `from_pretrained` of the model, e.g. `dtype`.
+
+    Raises:
+        ImportError: a checkpoint of a model that only LeRobot itself has. ValueError: not a pi0, or tensors that are missing.
+    """
+    path = cached_file(folder, "config.json")
+    theirs = json.loads(Path(path).read_text())
+    if theirs.get("type") in _NEEDS_LEROBOT:
+        raise_needs_lerobot(theirs["type"])
+    if theirs.get("type") != "pi0":
+        raise ValueError(
+            f"`{folder}` must be a pi0 that LeRobot wrote, got type {theirs.get('type')!r} in config.json."
+        )
+    config = config or PI0Config()
+    for name in _SAME_FIELDS:
+        if name in theirs:
+            setattr(config, name, theirs[name])
+    config.norm_stats = norm_stats
+    model, info = PI0ForConditionalGeneration.from_pretrained(
+        folder, config=config, output_loading_info=True, **kwargs
+    )
+    problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if problems:
+        raise ValueError(f"`{folder}` must hold the tensors of pi0, got {problems}. Give the checkpoint's `config`.")
+    vision = config.vlm_config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return FlowPolicy(model, FlowProcessor(tokenizer, vision.image_size, patches, config.vlm_config.image_token_id))
+
+
+def raise_needs_lerobot(model_type: str) -> None:
+    """Say why `model_type` is not here and where it runs.
+
+    Raises:
+        ImportError: always.
+    """
+    raise ImportError(
+        f"`model_type` must be 'pi0', got {model_type!r}. SmolVLA, pi0.5 and pi0-FAST exist only in LeRobot, whose pins (LeRobot 0.6.1: "
+        "Python >= 3.12, torch < 2.12, transformers < 5.6, datasets < 5, torchvision) exclude the ones of this package's "
+        "requirements.lock. Set up an environment of their own: `python3.12 -m venv lerobot-env && lerobot-env/bin/pip install "
+        "'lerobot[smolvla,pi,dataset]==0.6.1' 'trl==1.16.0' mani_skill peft`, then `pip install --no-deps -e .` of this package, and "
+        "write the adapter there: docs/flow.md."
+    )

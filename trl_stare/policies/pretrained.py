@@ -1,0 +1,81 @@
+"""What every policy with a Hugging Face checkpoint shares: loading by the model's type, and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import cached_file
+
+from trl_stare.interfaces import ADAPTER_CONFIG_NAME
+
+
+class PretrainedPolicy:
+    """A policy around a `PreTrainedModel` and its processor; [`from_pretrained`] of any subclass loads all of them.
+
+    Attributes:
+        model (`PreTrainedModel`), processor (`ProcessorMixin`): saved together.
+        processor_class (`type`): what loads the processor.
+    """
+
+    processor_class: ClassVar[Any] = AutoProcessor
+    model: Any
+    processor: Any
+
+    _classes: ClassVar[dict[str, type[PretrainedPolicy]]] = {}
+
+    def __init_subclass__(cls, model_type: str | None = None, **kwargs: Any):
+        """`model_type`: checkpoints of this type become this policy when they are loaded."""
+        super().__init_subclass__(**kwargs)
+        if model_type is not None:
+            PretrainedPolicy._classes[model_type] = cls
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, unnorm_key: str | None = None, **kwargs: Any) -> PretrainedPolicy:
+        """Load model and processor from a folder or a Hub id, as the policy that fits the checkpoint's `model_type`.
+
+        Args:
+            folder (`str`): saved by [`save_pretrained`], with or without a PEFT adapter, or published, such as `openvla/openvla-7b`.
+            unnorm_key (`str`, *optional*): which statistics to use; may be left out where the checkpoint has only one.
+            kwargs: for `from_pretrained` of the model, e.g. `dtype`; fields of its config are changed.
+
+        Raises:
+            ValueError: the checkpoint is not a VLA, or `unnorm_key` is unknown (lists the known ones).
+        """
+        model = load_model(folder, **kwargs)
+        config = model.config
+        kind = "hf_vlm" if getattr(config, "vla", None) else getattr(config, "policy_type", config.model_type)
+        policy_class = cls._classes.get(kind)
+        if policy_class is None:
+            raise ValueError(
+                f"`{folder}` must hold a VLA, one of {sorted(cls._classes)}, got {model.config.model_type!r}. A "
+                "vision-language model becomes one by `HFVLMPolicy.create`: see docs/own_vla.md."
+            )
+        return policy_class(model, policy_class.processor_class.from_pretrained(folder), unnorm_key=unnorm_key)
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write model and processor; [`from_pretrained`] reads them back exactly.
+
+        Of a PEFT model only the adapter is written, and with it the model's config: statistics and conventions may not be the base's.
+        """
+        self.model.save_pretrained(folder, **kwargs)
+        if hasattr(self.model, "peft_config"):
+            self.model.config.to_json_file(Path(folder) / ADAPTER_CONFIG_NAME)
+        self.processor.save_pretrained(folder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+def load_model(folder: str | Path, **kwargs: Any) -> Any:
+    """`AutoModelForImageTextToText.from_pretrained`, but an adapter that came with a config of its own keeps it."""
+    if cached_file(folder, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:
+        config = AutoConfig.from_pretrained(folder, _configuration_file=ADAPTER_CONFIG_NAME)
+        for name in [name for name in kwargs if name != "dtype" and hasattr(config, name)]:
+            setattr(config, name, kwargs.pop(name))
+        kwargs["config"] = config
+    return AutoModelForImageTextToText.from_pretrained(folder, **kwargs)

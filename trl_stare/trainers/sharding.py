@@ -1,0 +1,45 @@
+"""Weights that are divided among processes (ZeRO-3): whole again where a process works on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+from trl.models.utils import add_hooks, remove_hooks
+
+
+def refuse_fsdp() -> None:
+    """Say so where a rollout could not see all weights.
+
+    Raises:
+        ValueError: under FSDP, also on a CPU, where accelerate 1.15 silently makes DDP of it (state.py: no FSDP for MULTI_CPU).
+    """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "PPO must run with DDP or DeepSpeed, got FSDP, of which each process holds a part of the weights that a rollout needs. "
+            "Take recipes/accelerate/zero3.yaml, which divides them too."
+        )
+
+
+@contextmanager
+def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """All weights of `model`, which accelerate has prepared, in every process, to be read only. All processes must come here.
+
+    Within, processes may call its parts as often as they like: episodes differ in length, and a forward that gathers weights in one
+    process waits for the others.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        remove_hooks(model)  # which would gather what is there, and divide it again behind each layer
+        try:
+            yield
+        finally:
+            add_hooks(model)
