@@ -63,7 +63,7 @@ from trl_stare.evaluation import (
     write_results,
 )
 from trl_stare.policies import norm_stats
-from trl_stare.runs import Stopwatch, claim_folder
+from trl_stare.runs import Stopwatch, as_number, claim_folder
 from trl_stare.tasks import import_tasks
 
 logger = logging.getLogger("ipi")
@@ -373,7 +373,8 @@ def training_file(args: IPIArguments, phase: str) -> Path:
 def trainer_config(args: IPIArguments, phase: str) -> Any:
     """The trainer's own configuration, with what the pipeline decides."""
     cls = {"imitation": StageSFTConfig, "preference": StageDPOConfig, "interaction": StagePPOConfig}[phase]
-    given = {"report_to": "none", "seed": args.seed, "use_cpu": not torch.cuda.is_available(), **getattr(args, phase)}
+    own = {name: as_number(value) for name, value in getattr(args, phase).items()}
+    given = {"report_to": "none", "seed": args.seed, "use_cpu": not torch.cuda.is_available(), **own}
     if phase == "interaction":
         given["temperature"] = args.temperature
     return cls(output_dir=str(Path(args.output_dir) / phase / "training"), **given)

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from trl_stare.runs import Stopwatch, claim_folder
+from trl_stare.runs import Stopwatch, as_number, claim_folder
 
 
 def test_a_new_folder_keeps_the_settings(tmp_path):
@@ -30,3 +30,11 @@ def test_seconds_add_up_over_runs_and_count_failures(tmp_path):
         pass
     seconds = json.loads((tmp_path / "timing.json").read_text())
     assert 100.0 < seconds["training"] < 110.0 and 0.0 <= seconds["videos"] < 10.0
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("1e-3", 0.001), (".5", 0.5), ("linear", "linear"), (7, 7), (True, True), (None, None)]
+)
+def test_numbers_that_yaml_takes_for_texts(value, expected):
+    read = as_number(value)
+    assert read == expected and type(read) is type(expected)

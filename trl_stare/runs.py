@@ -53,3 +53,14 @@ class Stopwatch:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
             self.path.write_text(json.dumps(self.seconds, indent=2))
+
+
+def as_number(value: Any) -> Any:
+    """`value`, or the number that a text from a YAML file or a flag is: YAML takes `1e-3`, which has no dot, for a text.
+
+    Example: `as_number("1e-3")` is 0.001, `as_number("linear")` is "linear".
+    """
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "recipes/ipi.py"]  # fmt: skip
 SMALL = {
-    "num_demonstrations": 6, "preference_starts": 4, "rollouts_per_start": 3, "eval_episodes": 8, "num_envs": 4,
-    "image_size": 32, "imitation.max_steps": 12, "imitation.per_device_train_batch_size": 16, "imitation.logging_steps": 4,
+    "num_demonstrations": 24, "preference_starts": 6, "rollouts_per_start": 4, "min_cost_gap": 0, "eval_episodes": 8, "num_envs": 4,
+    # as much as it takes that some rollouts touch the cube: without any there are no pairs
+    "image_size": 32, "imitation.max_steps": 400, "imitation.learning_rate": "1e-3", "imitation.per_device_train_batch_size": 16,
+    "imitation.logging_steps": 50,
     "preference.max_steps": 3, "preference.per_device_train_batch_size": 4, "preference.logging_steps": 1,
     "interaction.num_train_epochs": 2, "interaction.episodes_per_iteration": 8, "interaction.num_minibatches": 2,
     "interaction.logging_steps": 6,
@@ -64,8 +66,8 @@ def test_checkpoints_load_and_have_cards(finished):
 
 def test_data_report_and_videos_are_there(finished):
     demonstrations = load_trajectories(finished / "data" / "demonstrations")
-    assert len(demonstrations) == 6 and all(demonstration.success_once for demonstration in demonstrations)
-    assert len(load_trajectories(finished / "data" / "rollouts")) == 12
+    assert len(demonstrations) == 24 and all(demonstration.success_once for demonstration in demonstrations)
+    assert len(load_trajectories(finished / "data" / "rollouts")) == 24
     assert len(load_pairs(finished / "data" / "pairs")) > 0
     report = (finished / "report.md").read_text()
     assert "Interaction" in report.title() and (finished / "report.png").stat().st_size > 10_000
