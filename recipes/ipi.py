@@ -3,7 +3,9 @@
     accelerate launch recipes/ipi.py --config recipes/configs/ipi_stackcube_tiny.yaml --output_dir outputs/ipi
 
 Flags override the file, those of a phase by its name: `--interaction.learning_rate 3e-4`. The same command with the same
-`--output_dir` continues where it stopped. `--phases preference,interaction --init_checkpoint PATH` starts from a checkpoint.
+`--output_dir` continues where it stopped. `--phases preference,interaction --init_checkpoint PATH` starts from a checkpoint, and
+`--init_checkpoint openvla/openvla-7b --policy.unnorm_key bridge_orig --chunk_size 1 --image_size 224 --lora.r 32` trains another VLA
+in all three phases, by adapters that are merged at the end of each.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -63,7 +65,8 @@ from trl_stare.evaluation import (
     write_results,
 )
 from trl_stare.policies import norm_stats
-from trl_stare.runs import Stopwatch, as_number, claim_folder
+from trl_stare.policies.adapters import merge_checkpoint
+from trl_stare.runs import Stopwatch, as_number, claim_folder, set_entries
 from trl_stare.tasks import import_tasks
 
 logger = logging.getLogger("ipi")
@@ -97,7 +100,10 @@ class IPIArguments:
     image_size: int = field(default=64, metadata={"help": "Pixels of the policy's image."})
     chunk_size: int = field(default=4, metadata={"help": "Environment steps per decision."})
     visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
-    policy: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the small VLA's configuration."})
+    policy: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of the small VLA's configuration, or of `init_checkpoint`'s."}
+    )
+    lora: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of PEFT's LoraConfig; {}: no LoRA."})
     imitation: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of StageSFTConfig."})
     preference: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of StageDPOConfig."})
     interaction: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of StagePPOConfig."})
@@ -164,13 +170,13 @@ def main(args: IPIArguments) -> None:
 def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: list, plan: Any) -> None:
     """Phase 1: a new small VLA (or `init_checkpoint`) imitates the demonstrations."""
     if args.init_checkpoint:
-        policy = TokenPolicy.from_pretrained(args.init_checkpoint)
+        policy = load_policy(args, args.init_checkpoint)
     else:
         stats = norm_stats(torch.cat([d.labels for d in demonstrations]), torch.cat([d.state for d in demonstrations]))
         policy = TokenPolicy.create_tiny(
             {args.task: stats}, image_size=args.image_size, chunk_size=args.chunk_size, **args.policy
         )
-    trainer = StageSFTTrainer(policy, config, demonstrations, plan)
+    trainer = StageSFTTrainer(policy, config, demonstrations, plan, peft_config=lora_config(args))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
     env_steps = sum(demonstration.num_steps for demonstration in demonstrations)
     save_phase(args, "imitation", trainer, env_steps, [demonstration.seed for demonstration in demonstrations])
@@ -194,7 +200,7 @@ def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any
         save_pairs(pairs.pairs, data / "pairs")
         pairs_dataset(rollouts, pairs.pairs, file=rows)
     PartialState().wait_for_everyone()
-    trainer = StageDPOTrainer(policy, config, Dataset.from_file(str(rows)))
+    trainer = StageDPOTrainer(policy, config, Dataset.from_file(str(rows)), peft_config=lora_config(args))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
     env_steps = sum(rollout.num_steps for rollout in signals)
     pair_yield = {stage: dict(counts) for stage, counts in pairs.yield_table.items()}
@@ -204,6 +210,8 @@ def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any
 def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: Any, plan: Any) -> None:
     """Phase 3: StA-PPO in the simulator."""
     policy = load_policy(args, checkpoint)
+    if args.lora:
+        policy.model = get_peft_model(policy.model, lora_config(args))
     count = int(config.num_train_epochs) * config.episodes_per_iteration
     starts = Dataset.from_dict({"seed": list(range(INTERACTION_SEEDS, INTERACTION_SEEDS + count))})
     trainer = StagePPOTrainer(policy, config, env, plan, starts)
@@ -252,7 +260,8 @@ def collect_rollouts(args: IPIArguments, policy: TokenPolicy, env: Any, plan: An
 
 def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:
     """A checkpoint, refused if it acts in other chunks than the environment."""
-    policy = TokenPolicy.from_pretrained(checkpoint)
+    policy = TokenPolicy.from_pretrained(checkpoint, **(args.policy if checkpoint == args.init_checkpoint else {}))
+    policy.keep_statistics()
     if (policy.chunk_size, policy.action_dim) != (args.chunk_size, 7):
         raise ValueError(
             f"`{checkpoint}` must act in chunks of {args.chunk_size} x 7 values, got {policy.chunk_size} x "
@@ -264,6 +273,8 @@ def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:
 def save_phase(args: IPIArguments, phase: str, trainer: Any, env_steps: int, seeds: list[int], **more: Any) -> None:
     """Save the checkpoint and what its training was; the training is then done."""
     trainer.save_model(str(Path(args.output_dir) / phase))
+    if args.lora and PartialState().is_main_process:
+        merge_checkpoint(Path(args.output_dir) / phase)
     history = trainer.state.log_history
     wall_s = history[-1].get("train_runtime", 0.0)
     record = {"history": history, "env_steps": env_steps, "wall_s": wall_s, "seeds": sorted(set(seeds)), **more}
@@ -307,9 +318,10 @@ def film(args: IPIArguments, env: Any, plan: Any) -> None:
     missing = [p for p in PHASES if phase_file(args, p).exists() and not list(videos.glob(f"{p}_*.mp4"))]
     if not missing or not PartialState().is_main_process:
         return
+    seeds = range(VIDEO_SEEDS, VIDEO_SEEDS + 32)
     with closing(make_env(args.task, 1, chunk_size=1, image_size=256, visuals=args.visuals)) as camera:
         for phase in missing:
-            policy, seeds = load_policy(args, str(Path(args.output_dir) / phase)), range(VIDEO_SEEDS, VIDEO_SEEDS + 32)
+            policy = load_policy(args, str(Path(args.output_dir) / phase))
             replays = film_policy(policy, env, camera, plan, seeds, temperature=args.temperature, seed=args.seed)
             save_success_and_failure(videos, phase, replays)
 
@@ -322,17 +334,16 @@ def report(args: IPIArguments, timing: dict[str, float]) -> None:
     done = {
         phase: json.loads(phase_file(args, phase).read_text()) for phase in PHASES if phase_file(args, phase).exists()
     }
-    metadata = next(iter(done.values()))["result"]["metadata"]
     phases = {phase: record["result"] for phase, record in done.items()}
-    results = build_results(task=args.task, seed=args.seed, visuals=metadata["visuals"], phases=phases)
+    visuals = next(iter(phases.values()))["metadata"]["visuals"]
+    results = build_results(task=args.task, seed=args.seed, visuals=visuals, phases=phases)
     write_results(out / "results.json", results)
-    pair_yield = done.get("preference", {}).get("pair_yield")
     write_report(
         out,
         results,
         {phase: record["history"] for phase, record in done.items()},
         episodes={phase: read_episodes(out / "evaluation" / f"{phase}.jsonl") for phase in done},
-        pair_yield=pair_yield,
+        pair_yield=done.get("preference", {}).get("pair_yield"),
         timing=timing,
         notes=[
             f"Command: `accelerate launch {shlex.join(sys.argv)}`; every setting is in `config.yaml`.",
@@ -375,24 +386,15 @@ def trainer_config(args: IPIArguments, phase: str) -> Any:
     cls = {"imitation": StageSFTConfig, "preference": StageDPOConfig, "interaction": StagePPOConfig}[phase]
     own = {name: as_number(value) for name, value in getattr(args, phase).items()}
     given = {"report_to": "none", "seed": args.seed, "use_cpu": not torch.cuda.is_available(), **own}
-    if phase == "interaction":
-        given["temperature"] = args.temperature
+    given |= {"temperature": args.temperature} if phase == "interaction" else {}
     return cls(output_dir=str(Path(args.output_dir) / phase / "training"), **given)
 
 
-def parse() -> IPIArguments:
-    """`--config FILE`, flags over it, and `--phase.field value` over the fields of a phase."""
-    args, rest = TrlParser(IPIArguments).parse_args_and_config(return_remaining_strings=True)
-    for flag, value in zip(rest[::2], rest[1::2], strict=len(rest) % 2 == 0):
-        section, _, name = flag.removeprefix("--").partition(".")
-        if section not in (*PHASES, "policy") or not name:
-            raise ValueError(
-                f"unknown flag {flag!r}. Fields of a phase are given as --interaction.learning_rate 3e-4."
-            )
-        getattr(args, section)[name] = yaml.safe_load(value)
-    return args
+def lora_config(args: IPIArguments) -> LoraConfig | None:
+    """Adapters on all linear layers, unless `lora` says where."""
+    return LoraConfig(**{"target_modules": "all-linear"} | args.lora) if args.lora else None
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(parse())
+    main(set_entries(*TrlParser(IPIArguments).parse_args_and_config(return_remaining_strings=True)))

@@ -6,8 +6,9 @@
         --output_dir outputs/carrot/sft
 
 `--unnorm_key` says which of a published checkpoint's statistics scale the actions, `--new_statistics` takes them from the
-demonstrations (another robot); what is saved holds these only, so that no later command needs a key. The same command with the
-same `--output_dir` continues where it stopped.
+demonstrations (another robot); what is saved holds these only, so that no later command needs a key. A pi0 that LeRobot wrote has
+neither tokenizer nor statistics: `--tokenizer` names the one, the others are the demonstrations'. The same command with the same
+`--output_dir` continues where it stopped.
 """
 
 from dataclasses import dataclass, field
@@ -15,13 +16,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, set_seed
+from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_stare import StageSFTConfig, StageSFTTrainer, TokenPolicy, get_plan
 from trl_stare.data import TrajectoryFolder
-from trl_stare.policies import quantile_statistics
+from trl_stare.policies import load_lerobot_pi0, quantile_statistics
 from trl_stare.policies.adapters import merge_adapter
 from trl_stare.policies.conventions import get_convention
 from trl_stare.tasks import import_tasks
@@ -44,6 +45,14 @@ class SFTArguments:
     )
     oft: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Fields of `OFTSettings`: decide on a chunk in one forward pass."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Of a pi0 that LeRobot wrote: 'google/paligemma-3b-pt-224' (folder or Hub id)."},
+    )
+    pi0: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Fields of `PI0Config` for it, e.g. `chunk_size`, `num_inference_steps`."},
     )
     task_module: str | None = field(
         default=None, metadata={"help": "Module, or its file, that registers tasks of your own."}
@@ -71,31 +80,40 @@ def main(args: SFTArguments, config: StageSFTConfig, model_args: ModelConfig) ->
 
 def load(args: SFTArguments, model_args: ModelConfig) -> TokenPolicy:
     """The checkpoint with the settings that were given, and with one set of statistics."""
+    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    if args.tokenizer is not None:
+        convention = args.action_convention or "identity"
+        return load_lerobot_pi0(
+            args.model,
+            tokenizer=AutoTokenizer.from_pretrained(args.tokenizer),
+            norm_stats=statistics_of(args, convention, "state"),
+            settings=args.pi0 | {"flow": args.pi0.get("flow", {}) | {"action_convention": convention}},
+            **options,
+        )
     changes: dict[str, Any] = {"oft": args.oft} if args.oft else {}
     if args.action_convention is not None:
         changes["action_convention"] = args.action_convention
     if args.new_statistics:
-        changes["norm_stats"] = statistics_of(args)
+        convention = args.action_convention or AutoConfig.from_pretrained(args.model).action_convention
+        changes["norm_stats"] = statistics_of(args, convention, "proprio")
     policy = TokenPolicy.from_pretrained(
         args.model,
         None if args.new_statistics else args.unnorm_key,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
+        **options,
         **changes,
     )
-    policy.model.config.norm_stats = {policy.unnorm_key: policy.model.config.norm_stats[policy.unnorm_key]}
+    policy.keep_statistics()
     return policy
 
 
-def statistics_of(args: SFTArguments) -> dict[str, Any]:
-    """Of what the demonstrations did and of proprioception, under the task's name."""
+def statistics_of(args: SFTArguments, convention: str, state_key: str) -> dict[str, Any]:
+    """Of what the demonstrations did and of proprioception (under `state_key`), under the task's name."""
     shown = TrajectoryFolder(args.demonstrations, images=False)
-    name = args.action_convention or AutoConfig.from_pretrained(args.model).action_convention
-    convention, labels = get_convention(name), torch.cat([demonstration.labels for demonstration in shown])
-    actions = quantile_statistics(labels if convention is None else convention.from_robot(labels))
+    robot, labels = get_convention(convention), torch.cat([demonstration.labels for demonstration in shown])
+    actions = quantile_statistics(labels if robot is None else robot.from_robot(labels))
     actions["mask"][-1] = False  # the gripper opens and closes, nothing between: OpenVLA leaves it as it is
     state = quantile_statistics(torch.cat([demonstration.state for demonstration in shown]))
-    return {shown[0].task: {"action": actions, "proprio": state}}
+    return {shown[0].task: {"action": actions, state_key: state}}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,19 @@
 """Whose a run's folder is, and how its seconds add up."""
 
 import json
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import yaml
 
-from trl_stare.runs import Stopwatch, as_number, claim_folder
+from trl_stare.runs import Stopwatch, as_number, claim_folder, set_entries
+
+
+@dataclass
+class Settings:
+    task: str = "any"
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def test_a_new_folder_keeps_the_settings(tmp_path):
@@ -38,3 +46,18 @@ def test_seconds_add_up_over_runs_and_count_failures(tmp_path):
 def test_numbers_that_yaml_takes_for_texts(value, expected):
     read = as_number(value)
     assert read == expected and type(read) is type(expected)
+
+
+def test_flags_set_entries_of_sections():
+    settings = Settings(training={"max_steps": 3, "seed": 1})
+    flags = ["--training.max_steps", "5", "--training.bf16", "true", "--training.names", "[q, v]"]
+    assert set_entries(settings, flags) is settings
+    assert settings.training == {"max_steps": 5, "seed": 1, "bf16": True, "names": ["q", "v"]}
+
+
+@pytest.mark.parametrize("flag", ["--train.seed", "--training", "--task.name", "--training."])
+def test_a_flag_of_no_section_is_refused_and_the_sections_are_named(flag):
+    with pytest.raises(
+        ValueError, match=f"unknown flag '{flag}'. Entries of training are given as --training.name value"
+    ):
+        set_entries(Settings(), [flag, "1"])

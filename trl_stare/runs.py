@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+
+Settings = TypeVar("Settings")
 
 
 def claim_folder(folder: str | Path, settings: Mapping[str, Any], *, free: Collection[str] = ()) -> Path:
@@ -64,3 +67,28 @@ def as_number(value: Any) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+def set_entries(settings: Settings, flags: Sequence[str]) -> Settings:
+    """Set entries of the fields that are dictionaries by flags `--field.entry value`, and return `settings`.
+
+    Args:
+        settings (dataclass instance): as [`~trl.TrlParser`] made it.
+        flags (`Sequence[str]`): what that parser did not know (`return_remaining_strings=True`).
+
+    Raises:
+        ValueError: a flag that names no entry of such a field.
+
+    Example: `["--interaction.learning_rate", "3e-4"]` sets `settings.interaction["learning_rate"]`.
+    """
+    sections = {
+        field.name: getattr(settings, field.name) for field in fields(settings) if field.default_factory is dict
+    }
+    for flag, value in zip(flags[::2], flags[1::2], strict=len(flags) % 2 == 0):
+        section, _, name = flag.removeprefix("--").partition(".")
+        if section not in sections or not name:
+            raise ValueError(
+                f"unknown flag {flag!r}. Entries of {', '.join(sections)} are given as --{next(iter(sections))}.name value."
+            )
+        sections[section][name] = yaml.safe_load(value)
+    return settings

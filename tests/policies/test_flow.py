@@ -208,9 +208,13 @@ def test_lerobots_names_load(tmp_path, prefix):
     folder.mkdir()
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"type": "pi0", "chunk_size": 3, "n_obs_steps": 1}))
-    config, tokenizer = policy.model.config, policy.processor.tokenizer
-    loaded = load_lerobot_pi0(folder, tokenizer=tokenizer, norm_stats=statistics(), config=config)
+    config = policy.model.config.to_dict()
+    sizes = {name: config[name] for name in ("vlm_config", "dit_config", "max_state_dim", "max_action_dim")}
+    given = {"tokenizer": policy.processor.tokenizer, "norm_stats": statistics()}
+    loaded = load_lerobot_pi0(folder, settings=sizes, **given)
     assert loaded.chunk_size == 3
+    other = {"chunk_size": 5, "flow": {"noise_level": 0.25}}
+    assert load_lerobot_pi0(folder, settings=sizes | other, **given).chunk_size == 5
     ours = loaded.model.state_dict()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[lerobot_name(canonical(name))], value, atol=0, rtol=0)

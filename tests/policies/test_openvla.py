@@ -1,6 +1,7 @@
 """OpenVLA against the outputs of the published code, and against itself: batches, caches, precisions, adapters."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from trl_stare.policies import (
     OpenVLAProcessor,
     TokenPolicy,
 )
-from trl_stare.policies.adapters import merge_adapter
+from trl_stare.policies.adapters import merge_adapter, merge_checkpoint
 from trl_stare.policies.openvla.tiny import TINY_TOWERS
 
 
@@ -291,8 +292,11 @@ def test_an_adapter_is_saved_with_its_own_config_and_fits_its_base_only(policy, 
     torch.testing.assert_close(loaded.score(inputs, trace), trained.score(inputs, trace))
     assert loaded.decode(trace)[0, 0, 6] == -1 and torch.equal(loaded.decode(trace), trained.decode(trace))
     # merged it is a checkpoint like any other
-    loaded.model = merge_adapter(loaded.model)
-    loaded.save_pretrained(tmp_path / "merged")
+    shutil.copytree(adapter, tmp_path / "merged")
+    (tmp_path / "merged" / "value_head.safetensors").write_text("stays")
+    merge_checkpoint(tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("adapter_*"))
+    assert (tmp_path / "merged" / "value_head.safetensors").is_file()
     merged = TokenPolicy.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged.score(inputs, trace), trained.score(inputs, trace), atol=1e-3, rtol=1e-4)
     assert merged.model.state_dict().keys() == policy.model.state_dict().keys()

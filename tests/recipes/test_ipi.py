@@ -104,6 +104,12 @@ def recipe():
     return module
 
 
+def parse(recipe):
+    return recipe.set_entries(
+        *recipe.TrlParser(recipe.IPIArguments).parse_args_and_config(return_remaining_strings=True)
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -120,7 +126,7 @@ def test_bad_input_is_refused_before_any_work(recipe, monkeypatch, tmp_path, cha
     flags = [str(part) for pair in changes.items() for part in pair]
     monkeypatch.setattr(sys, "argv", ["ipi.py", "--output_dir", str(tmp_path / "run"), *flags])
     with pytest.raises(ValueError, match=message):
-        recipe.main(recipe.parse())
+        recipe.main(parse(recipe))
     assert not (tmp_path / "run").exists()
 
 
@@ -128,20 +134,20 @@ def test_an_unwritable_folder_is_named(recipe, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(sys, "argv", ["ipi.py", "--output_dir", str(tmp_path / "file" / "run")])
     with pytest.raises(OSError, match=str(tmp_path / "file")):
-        recipe.main(recipe.parse())
+        recipe.main(parse(recipe))
 
 
 def test_a_checkpoint_of_another_action_size_is_refused(recipe, finished, monkeypatch, tmp_path):
     flags = ["--init_checkpoint", str(finished / "imitation"), "--phases", "preference", "--chunk_size", "2"]
     monkeypatch.setattr(sys, "argv", ["ipi.py", "--output_dir", str(tmp_path / "run"), *flags])
     with pytest.raises(ValueError, match="must act in chunks of 2 x 7 values, got 4 x 7"):
-        recipe.main(recipe.parse())
+        recipe.main(parse(recipe))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["ipi_stackcube_tiny.yaml", "ipi_stackcube_full.yaml"])
 def test_shipped_configurations_are_valid(recipe, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", ["ipi.py", "--config", str(ROOT / "recipes" / "configs" / name)])
-    args = recipe.parse()
+    args = parse(recipe)
     for phase in ("imitation", "preference", "interaction"):
         assert recipe.trainer_config(args, phase).seed == 0

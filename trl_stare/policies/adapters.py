@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from trl_stare.interfaces import ADAPTER_CONFIG_NAME
+from trl_stare.policies.pretrained import PretrainedPolicy
 
 
 def merge_adapter(model: Any) -> Any:
@@ -31,3 +36,18 @@ def merge_adapter(model: Any) -> Any:
     # what it renames when it saves, it noted while it loaded the adapter
     model._hf_peft_config_loaded, model._weight_conversions = False, None
     return model
+
+
+def merge_checkpoint(folder: str | Path) -> None:
+    """Put whole weights in the place of the adapter in `folder`, which needs its base no more; what else is there stays.
+
+    Interrupted, it leaves the adapter: the same call does it again.
+
+    Args:
+        folder (`str` or `Path`): a checkpoint with a PEFT adapter.
+    """
+    policy = PretrainedPolicy.from_pretrained(folder)
+    policy.model = merge_adapter(policy.model)
+    policy.save_pretrained(folder)
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
+        (Path(folder) / name).unlink(missing_ok=True)

@@ -23,6 +23,7 @@ class PretrainedPolicy:
     processor_class: ClassVar[Any] = AutoProcessor
     model: Any
     processor: Any
+    unnorm_key: str
 
     _classes: ClassVar[dict[str, type[PretrainedPolicy]]] = {}
 
@@ -64,6 +65,11 @@ class PretrainedPolicy:
         if hasattr(self.model, "peft_config"):
             self.model.config.to_json_file(Path(folder) / ADAPTER_CONFIG_NAME)
         self.processor.save_pretrained(folder)
+
+    def keep_statistics(self) -> None:
+        """Forget all statistics but those in use: what is then saved loads without an `unnorm_key`."""
+        config = self.model.config
+        config.norm_stats = {self.unnorm_key: config.norm_stats[self.unnorm_key]}
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,12 @@ def lerobot_name(name: str) -> str:
 
 
 def load_lerobot_pi0(
-    folder: str | Path, *, tokenizer: Any, norm_stats: dict[str, Any], config: PI0Config | None = None, **kwargs: Any
+    folder: str | Path,
+    *,
+    tokenizer: Any,
+    norm_stats: dict[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> FlowPolicy:
     """A [`FlowPolicy`] from a checkpoint that LeRobot wrote, such as `lerobot/pi0_base`.
 
@@ -57,7 +63,8 @@ def load_lerobot_pi0(
         tokenizer (`PreTrainedTokenizerBase`): `AutoTokenizer.from_pretrained("google/paligemma-3b-pt-224")`.
         norm_stats (`dict`): `{key: {"action": {"mean": [A], "std": [A]}, "state": {"mean": [P], "std": [P]}}}`, of the data that the
             checkpoint was trained on or that it will be.
-        config (`PI0Config`, *optional*): the architecture, where it is not the published one.
+        settings (`Mapping`, *optional*): fields of `PI0Config` that are not the checkpoint's or the published architecture's, e.g.
+            `{"chunk_size": 10, "flow": {"action_convention": "bridge"}}`; no weight depends on the size of a chunk.
         kwargs: for `from_pretrained` of the model, e.g. `dtype`.
 
     Raises:
@@ -71,17 +78,16 @@ def load_lerobot_pi0(
         raise ValueError(
             f"`{folder}` must be a pi0 that LeRobot wrote, got type {theirs.get('type')!r} in config.json."
         )
-    config = config or PI0Config()
-    for name in _SAME_FIELDS:
-        if name in theirs:
-            setattr(config, name, theirs[name])
-    config.norm_stats = norm_stats
+    known = {name: theirs[name] for name in _SAME_FIELDS if name in theirs}
+    config = PI0Config(**known | dict(settings or {}), norm_stats=norm_stats)
     model, info = PI0ForConditionalGeneration.from_pretrained(
         folder, config=config, output_loading_info=True, **kwargs
     )
     problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if problems:
-        raise ValueError(f"`{folder}` must hold the tensors of pi0, got {problems}. Give the checkpoint's `config`.")
+        raise ValueError(
+            f"`{folder}` must hold the tensors of pi0, got {problems}. Give the checkpoint's architecture by `settings`."
+        )
     vision = config.vlm_config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     return FlowPolicy(model, FlowProcessor(tokenizer, vision.image_size, patches, config.vlm_config.image_token_id))

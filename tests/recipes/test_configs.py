@@ -1,4 +1,4 @@
-"""The configurations of OpenVLA: every one is what its recipe takes, and its lines for several GPUs make the same updates."""
+"""The configurations of OpenVLA and pi0: every one is what its recipe takes, and its lines for several GPUs make the same updates."""
 
 import re
 import runpy
@@ -11,13 +11,14 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from trl_stare import StageDPOConfig, StagePPOConfig, StageSFTConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CONFIGS = sorted((RECIPES / "configs").glob("openvla_*.yaml"))
+CONFIGS = sorted(path for kind in ("openvla", "pi0") for path in (RECIPES / "configs").glob(f"{kind}_*.yaml"))
 PLACES = ["--output_dir", "out", "--use_cpu", "True"]
 GIVEN = {
     "sft": ["--demonstrations", "data", *PLACES],
     "dpo": ["--model", "policy", "--trajectories", "data", *PLACES],
     "ppo": ["--model", "policy", *PLACES],
 }
+ON_THE_EXPERT = ("pi0_bridge_ppo", "pi0_dpo")
 STEPS = {"bridge": 60, "franka": 50}
 
 
@@ -49,7 +50,8 @@ def test_a_configuration_is_what_its_recipe_takes(recipes, monkeypatch, path):
     monkeypatch.setattr(sys, "argv", ["recipe"])
     _, config, model = parse(recipes, path)
     lora = get_peft_config(model)
-    assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (32, 16, 0.0, "all-linear")
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (32, 16, 0.0)
+    assert lora.target_modules == ("all-linear" if path.stem not in ON_THE_EXPERT else r"model\.dit\..*_proj")
     assert model.dtype == "bfloat16" and config.bf16
     assert f"recipes/configs/{path.name}" in path.read_text(), "the launch line names another file"
 
@@ -62,8 +64,8 @@ def test_one_four_and_eight_gpus_make_the_same_updates(recipes, monkeypatch, pat
     for count, flags in lines(path).items():
         args, config, _ = parse(recipes, path, *flags)
         if isinstance(config, StagePPOConfig):
-            chunk = 5 if "oft" in path.stem else 1
-            decisions = config.episodes_per_iteration * STEPS[path.stem.split("_")[2]] // chunk // count
+            chunk = 1 if "openvla_7b" in path.stem else 5
+            decisions = config.episodes_per_iteration * STEPS[path.stem.split("_")[-2]] // chunk // count
             each, rest = divmod(decisions, config.num_minibatches)
             assert not rest and each in (8, 10) and args.num_envs * count == config.episodes_per_iteration
             made.add((config.updates_per_iteration, each * config.gradient_accumulation_steps * count))

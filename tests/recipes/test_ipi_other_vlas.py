@@ -1,0 +1,80 @@
+"""The whole pipeline with other VLAs: a tiny random OpenVLA under a LoRA and a tiny pi0, on a Bridge task, as a user launches it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trl_stare import FlowPolicy, TokenPolicy
+from trl_stare.policies import OpenVLAPolicy, create_tiny_openvla, create_tiny_pi0
+
+ROOT = Path(__file__).parents[2]
+TASK = "PutCarrotOnPlateInScene-v1"
+ASSETS = Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser() / "data"
+LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+          "--dynamo_backend", "no", "recipes/ipi.py"]  # fmt: skip
+SMALL = {
+    "num_demonstrations": 16, "preference_starts": 4, "rollouts_per_start": 4, "min_cost_gap": 0, "eval_episodes": 2,
+    "num_envs": 4, "temperature": 1.0,
+    # as much as it takes that some rollouts come near the carrot: without any there are no pairs
+    "imitation.max_steps": 300, "imitation.per_device_train_batch_size": 16, "imitation.learning_rate": "2e-3",
+    "imitation.logging_steps": 25,
+    "preference.max_steps": 2, "preference.per_device_train_batch_size": 1, "preference.step_micro_batch_size": 16,
+    "preference.logging_steps": 1, "preference.learning_rate": "1e-3",
+    "interaction.num_train_epochs": 2, "interaction.episodes_per_iteration": 4, "interaction.num_minibatches": 4,
+    "interaction.num_ppo_epochs": 1, "interaction.value_warmup_iterations": 0, "interaction.logging_steps": 4,
+}  # fmt: skip
+SCALE = {"q01": [-0.03] * 3 + [-0.2] * 3 + [0.0], "q99": [0.03] * 3 + [0.2] * 3 + [1.0]}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(
+        not (ASSETS / "tasks" / "bridge_v2_real2sim_dataset").is_dir(),
+        reason=f"the Bridge tasks' assets are not in {ASSETS}",
+    ),
+]
+
+
+def openvla() -> tuple[OpenVLAPolicy, dict]:
+    """It knows several robots, as the published ones do."""
+    policy = create_tiny_openvla({"bridge_orig": {"action": SCALE}, "another": {"action": SCALE}})
+    own = {"policy.unnorm_key": "bridge_orig", "policy.action_convention": "bridge", "image_size": 56, "chunk_size": 1}
+    return policy, own | {"lora.r": 8, "lora.lora_alpha": 16}
+
+
+def pi0() -> tuple[FlowPolicy, dict]:
+    """All its weights are trained, and it acts in chunks."""
+    scale = {"q01": [*SCALE["q01"][:6], -1.0], "q99": SCALE["q99"]}
+    policy = create_tiny_pi0({"bridge": {"action": scale}}, num_inference_steps=3)
+    return policy, {"image_size": 28, "chunk_size": policy.chunk_size, "preference.cost_coef": 0.0}
+
+
+@pytest.mark.parametrize("make", [openvla, pi0])
+def test_imitation_preference_interaction(make, tmp_path):
+    torch.manual_seed(0)
+    policy, own = make()
+    policy.save_pretrained(tmp_path / "base")
+    options = SMALL | {"task": TASK, "init_checkpoint": tmp_path / "base", "output_dir": tmp_path / "run"} | own
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    done = subprocess.run([sys.executable, *LAUNCH, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["phases"]) == ["imitation", "preference", "interaction"]
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    for phase in results["phases"]:
+        # every checkpoint is whole, loads without a key, and differs from the one before
+        folder = tmp_path / "run" / phase
+        assert not (folder / "adapter_config.json").exists()
+        trained = TokenPolicy.from_pretrained(folder)
+        assert type(trained) is type(policy) and trained.chunk_size == policy.chunk_size
+        after = load_file(folder / "model.safetensors")
+        assert after.keys() == before.keys() and any((after[name] != before[name]).any() for name in before)
+        before = after
+    assert (tmp_path / "run" / "interaction" / "value_head.safetensors").is_file()

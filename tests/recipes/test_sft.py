@@ -1,0 +1,76 @@
+"""`sft.py` from a pi0 as LeRobot writes it: no simulator, the real class, two updates of an adapter."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from trl_stare import FlowPolicy
+from trl_stare.data import Trajectory, save_trajectories
+from trl_stare.policies import create_tiny_pi0
+from trl_stare.stages import get_plan
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TASK = "StackCube-v1"
+
+
+def demonstration(seed: int, steps: int = 6) -> Trajectory:
+    """Noise in the ranges of the Panda, seen at every step."""
+    g = torch.Generator().manual_seed(seed)
+    signals = {name: torch.zeros(steps + 1, 3) for name in ("tcp_position", "object_position", "goal_position")}
+    signals |= {name: torch.zeros(steps + 1, 1) for name in ("object_lift", "gripper_width")}
+    signals |= {name: torch.zeros(steps + 1, dtype=torch.bool) for name in ("is_contact", "is_grasped", "success")}
+    actions = torch.rand(steps, 7, generator=g) * 0.2 - 0.1
+    actions[:, 6] = 1.0
+    return Trajectory(
+        task=TASK, instruction="stack the red cube", seed=seed, policy="toy", starts=torch.arange(steps),
+        images=torch.randint(0, 256, (steps, 32, 32, 3), generator=g).byte(), state=torch.randn(steps, 8, generator=g),
+        actions=actions, labels=actions, trace=None, logps=None, features=None, signals=signals, reward=torch.zeros(steps),
+        final_image=torch.zeros(32, 32, 3, dtype=torch.uint8), final_state=torch.zeros(8), terminated=True, truncated=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def lerobot(tmp_path) -> tuple[Path, dict, dict]:
+    """A folder as LeRobot writes it, what of its architecture is not the published one's, and its weights by our names."""
+    torch.manual_seed(0)
+    policy = create_tiny_pi0({"any": {"action": {"q01": [-1.0], "q99": [1.0]}}}, chunk_size=50)
+    policy.model.save_pretrained(tmp_path / "ours")
+    policy.processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "theirs").mkdir()
+    weights = {f"model.{name}": value for name, value in load_file(tmp_path / "ours" / "model.safetensors").items()}
+    save_file(weights, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({"type": "pi0", "chunk_size": 50}))
+    config = policy.model.config.to_dict()
+    sizes = {name: config[name] for name in ("vlm_config", "dit_config", "max_state_dim", "max_action_dim")}
+    return tmp_path, sizes, policy.model.state_dict()
+
+
+def test_a_pi0_of_lerobot_is_trained_and_takes_the_statistics_of_the_demonstrations(lerobot, monkeypatch):
+    folder, sizes, before = lerobot
+    shown = [demonstration(seed) for seed in range(3)]
+    save_trajectories(shown, folder / "data", get_plan(TASK))
+    (folder / "pi0.yaml").write_text(yaml.safe_dump({"pi0": sizes | {"chunk_size": 2, "num_inference_steps": 3}}))
+    flags = {
+        "config": folder / "pi0.yaml", "model": folder / "theirs", "tokenizer": folder / "tokenizer",
+        "demonstrations": folder / "data", "output_dir": folder / "sft", "max_steps": 2, "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "lora_r": 4, "lora_dropout": 0,
+        "lora_target_modules": r"model\.dit\..*_proj", "save_strategy": "no",
+    }  # fmt: skip
+    argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--use_peft", *argv])
+    runpy.run_path(str(RECIPES / "sft.py"), run_name="__main__")
+
+    policy = FlowPolicy.from_pretrained(folder / "sft")
+    assert policy.chunk_size == 2 and policy.model.config.num_inference_steps == 3
+    actions = torch.cat([trajectory.labels for trajectory in shown]).double()
+    assert torch.allclose(policy.statistics.second[:6], actions.quantile(0.99, dim=0)[:6], atol=1e-6)
+    assert policy.statistics.mask.tolist() == [True] * 6 + [False] and policy.state_statistics.action_dim == 8
+    after = policy.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("model.dit.") and "_proj" in name for name in changed)
