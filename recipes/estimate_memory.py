@@ -3,8 +3,8 @@
     python recipes/estimate_memory.py --config recipes/configs/openvla_7b_bridge_ppo.yaml
     python recipes/estimate_memory.py --config recipes/configs/openvla_oft_bridge_sft.yaml --update_batch 16 --num_shards 4
 
-Fields of the configuration that it knows (`lora_r`, `num_envs`, `gradient_checkpointing`, `oft`) are taken from the file, the rest is
-not read. What is not in the table: temporaries, the allocator's gaps and the CUDA context, together some gigabytes.
+Fields of the configuration that it knows (`lora_r`, `num_envs`, `gradient_checkpointing`, `oft`) are taken from the file; of the rest
+only what would make another table is read, and refused: another model than an OpenVLA, adapters on some of the layers. What is not in the table: temporaries, the allocator's gaps and the CUDA context, together some gigabytes.
 """
 
 import logging
@@ -37,11 +37,25 @@ class MemoryArguments:
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers in the backward pass."})
     num_shards: int = field(default=1, metadata={"help": "GPUs that weights are divided among; 1 for DDP."})
     oft: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of `OFTSettings`."})
+    pi0: dict[str, Any] = field(default_factory=dict, metadata={"help": "Not known: see docs/flow.md for pi0."})
+    lora_target_modules: str = field(default="all-linear", metadata={"help": "Nothing else is known."})
+
+    def __post_init__(self):
+        if self.pi0:
+            raise ValueError(
+                "`config` must be of an OpenVLA, got one with `pi0`. See docs/flow.md for what pi0 takes."
+            )
+        if self.lora_target_modules != "all-linear":
+            raise ValueError(
+                f"`lora_target_modules` must be 'all-linear', got {self.lora_target_modules!r}: the table is for these only."
+            )
 
 
 def main(args: MemoryArguments) -> MemoryEstimate:
     """Log the table."""
     config = OpenVLAConfig() if args.sizes_of == OPENVLA_7B else AutoConfig.from_pretrained(args.sizes_of)
+    if not isinstance(config, OpenVLAConfig):
+        raise ValueError(f"`sizes_of` must be an OpenVLA, got {config.model_type!r} in {args.sizes_of}.")
     config.oft = args.oft or config.oft
     estimate = estimate_memory(
         config,

@@ -84,3 +84,12 @@ def test_the_memory_table_of_a_configuration(recipes, monkeypatch, caplog):
     with caplog.at_level("INFO"):
         estimate = memory["main"](args)
     assert "| weights (bfloat16) | 15.08 |" in caplog.text and estimate.kv_cache > 9e9
+
+
+@pytest.mark.parametrize("name", ["pi0_bridge_sft", "pi0_bridge_ppo"])
+def test_the_memory_of_another_model_is_not_guessed(name):
+    memory = runpy.run_path(str(RECIPES / "estimate_memory.py"))
+    with pytest.raises(ValueError, match="must be (of an OpenVLA|'all-linear')"):
+        TrlParser(memory["MemoryArguments"]).parse_args_and_config(
+            args=["--config", str(RECIPES / "configs" / f"{name}.yaml")], return_remaining_strings=True
+        )

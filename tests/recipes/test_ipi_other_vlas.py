@@ -14,15 +14,36 @@ from trl_stare import FlowPolicy, TokenPolicy
 from trl_stare.policies import OpenVLAPolicy, create_tiny_openvla, create_tiny_pi0
 
 ROOT = Path(__file__).parents[2]
-TASK = "PutCarrotOnPlateInScene-v1"
+# A Bridge task in which a policy of few updates passes a stage now and then: without that there are no pairs.
+TASKS = """
+from dataclasses import replace
+
+from trl_stare import Stage, StagePlan, get_plan, register_task
+from trl_stare.envs import get_simulated_task
+
+SHIPPED = "PutCarrotOnPlateInScene-v1"
+
+
+def distance(s):
+    return (s["object_position"] - s["tcp_position"]).norm(dim=-1)
+
+
+def is_near(s):
+    return (distance(s) < 0.15) | s["is_grasped"] | s["success"]
+
+
+READS = ("object_position", "tcp_position", "is_grasped", "success")
+APPROACH = Stage(name="Approach", done=is_near, distance=distance, scale=0.3, reads=READS)
+TASK = replace(get_simulated_task(SHIPPED), name="ApproachCarrot-v1")
+register_task(TASK, StagePlan("ApproachCarrot-v1", (APPROACH, *get_plan(SHIPPED).stages)))
+"""
 ASSETS = Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser() / "data"
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "recipes/ipi.py"]  # fmt: skip
 SMALL = {
     "num_demonstrations": 16, "preference_starts": 4, "rollouts_per_start": 4, "min_cost_gap": 0, "eval_episodes": 2,
     "num_envs": 4, "temperature": 1.0,
-    # as much as it takes that some rollouts come near the carrot: without any there are no pairs
-    "imitation.max_steps": 300, "imitation.per_device_train_batch_size": 16, "imitation.learning_rate": "2e-3",
+    "imitation.max_steps": 100, "imitation.per_device_train_batch_size": 16, "imitation.learning_rate": "2e-3",
     "imitation.logging_steps": 25,
     "preference.max_steps": 2, "preference.per_device_train_batch_size": 1, "preference.step_micro_batch_size": 16,
     "preference.logging_steps": 1, "preference.learning_rate": "1e-3",
@@ -43,7 +64,8 @@ pytestmark = [
 
 def openvla() -> tuple[OpenVLAPolicy, dict]:
     """It knows several robots, as the published ones do."""
-    policy = create_tiny_openvla({"bridge_orig": {"action": SCALE}, "another": {"action": SCALE}})
+    policy = create_tiny_openvla({"bridge_orig": {"action": SCALE}})
+    policy.model.config.norm_stats["another"] = {"action": SCALE}
     own = {"policy.unnorm_key": "bridge_orig", "policy.action_convention": "bridge", "image_size": 56, "chunk_size": 1}
     return policy, own | {"lora.r": 8, "lora.lora_alpha": 16}
 
@@ -60,7 +82,9 @@ def test_imitation_preference_interaction(make, tmp_path):
     torch.manual_seed(0)
     policy, own = make()
     policy.save_pretrained(tmp_path / "base")
-    options = SMALL | {"task": TASK, "init_checkpoint": tmp_path / "base", "output_dir": tmp_path / "run"} | own
+    (tmp_path / "approach.py").write_text(TASKS)
+    task = {"task": "ApproachCarrot-v1", "task_module": tmp_path / "approach.py"}
+    options = SMALL | task | {"init_checkpoint": tmp_path / "base", "output_dir": tmp_path / "run"} | own
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     done = subprocess.run([sys.executable, *LAUNCH, *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
