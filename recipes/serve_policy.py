@@ -63,6 +63,7 @@ def main(args: ServeArguments) -> None:
     try:
         server.serve_forever()
     except KeyboardInterrupt:
+        server.close()  # the process would wait for clients that stay
         logger.info("stopped")
 
 

@@ -232,3 +232,17 @@ def test_a_slow_answer_times_out(server, policy, monkeypatch):
         hasty.timeout = 0.2  # a busy machine may take longer than that to connect
         hasty.infer(one())
     release.set()
+
+
+def test_stopping_ends_the_sessions_of_clients_that_stay(policy):
+    before = threading.active_count()
+    with PolicyServer(policy, port=0, limits=LIMITS) as server:
+        clients = [RemotePolicy(server.url, timeout=20) for _ in range(2)]
+        assert all(client.infer(one())["actions"].shape == (10, 7) for client in clients)
+    for client in clients:
+        with pytest.raises(ConnectionError):
+            client.infer(one())
+        client.close()
+    for thread in threading.enumerate()[before:]:
+        thread.join(timeout=20)
+    assert threading.active_count() <= before

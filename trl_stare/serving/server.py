@@ -65,6 +65,7 @@ class PolicyServer:
         self.metadata = describe(policy, temperature=temperature, seed=seed, limits=self.limits, **metadata)
         self._turn = threading.Lock()
         self._free = threading.BoundedSemaphore(self.limits.max_connections)
+        self._sessions: set[ServerConnection] = set()
         self._server = serve(
             self._handle,
             host,
@@ -85,8 +86,10 @@ class PolicyServer:
         self._server.serve_forever()
 
     def close(self) -> None:
-        """Take no more connections."""
+        """Take no more connections, and end those there are: clients are told 1001, going away."""
         self._server.shutdown()
+        for connection in tuple(self._sessions):
+            connection.close(1001, "the server was stopped")
 
     def __enter__(self) -> PolicyServer:
         """Serve in a thread of its own."""
@@ -106,6 +109,7 @@ class PolicyServer:
             return
         generator = torch.Generator().manual_seed(self.seed)
         logger.info("%s connected", peer)
+        self._sessions.add(connection)
         try:
             connection.send(pack(self.metadata))
             for message in connection:
@@ -113,6 +117,7 @@ class PolicyServer:
         except ConnectionClosed as closed:
             logger.info("%s left in the middle: %s", peer, closed)
         finally:
+            self._sessions.discard(connection)
             self._free.release()
             logger.info("%s gone", peer)
 
