@@ -46,14 +46,16 @@ PPO_PRESETS: dict[str, dict[str, Any]] = {
         "episodes_per_iteration": 256,
         "num_ppo_epochs": 3,
         "num_minibatches": 4,
-        "learning_rate": 5e-5,
+        # most is gained in the first ten iterations: fast there, then let the noise of the updates settle
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "linear",
         "value_learning_rate": 2e-3,
         # a privileged critic explains more than half of the returns within three iterations: trust it over long sums of noise
         "critic": "privileged",
         "gae_lambda": 0.7,
         "value_warmup_iterations": 1,
         # soft imitation targets leave the policy noisier than is good for it: let the entropy fall
-        "entropy_coef": -0.03,
+        "entropy_coef": -0.06,
         # the limit of the episode is part of what is measured, and the critic knows the time
         "bootstrap_on_truncation": False,
     },
