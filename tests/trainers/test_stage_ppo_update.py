@@ -172,4 +172,4 @@ def test_a_preset_lies_below_a_yaml_file_and_flags(tmp_path):
         ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path), "--num_minibatches", "8"]
     )
     assert (config.gamma, config.num_minibatches, config.gae_lambda) == (0.9, 8, 0.7)
-    assert config.bootstrap_on_truncation is False and config.learning_rate == 5e-5
+    assert config.bootstrap_on_truncation is False and config.learning_rate == 1e-4
