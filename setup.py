@@ -33,7 +33,7 @@ EXTRAS = {
     "maniskill": ["fast-simplification", "gymnasium", "mani_skill==3.0.1", "sapien==3.0.3"],
     "deepspeed": ["deepspeed>=0.18.6"],
     "serve": ["msgpack>=1.0", "websockets>=15"],
-    "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+    "test": ["hypothesis", "psutil", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 
 setup(

@@ -20,11 +20,12 @@ from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub import snapshot_download
 from transformers import set_seed
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser
 
 from trl_stare import StageDPOConfig, StageDPOTrainer, TokenPolicy
 from trl_stare.data import TrajectoryFolder, check_traces, load_pairs, pairs_dataset, validate_dataset
 from trl_stare.data.hub import find_dataset
+from trl_stare.trainers import get_policy_peft_config
 
 
 @dataclass
@@ -47,9 +48,7 @@ class DPOArguments:
 def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) -> None:
     """Train, and save to `output_dir`."""
     set_seed(config.seed)  # LoRA's first weights are random
-    peft_config = get_peft_config(model_args)
-    if peft_config is not None:
-        peft_config.task_type = None  # PEFT's tasks are those of text models
+    peft_config = get_policy_peft_config(model_args)
     first = PartialState().is_local_main_process
     with PartialState().local_main_process_first():
         trajectories, preferences = find_data(args)

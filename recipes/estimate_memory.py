@@ -4,7 +4,8 @@
     python recipes/estimate_memory.py --config recipes/configs/openvla_oft_bridge_sft.yaml --update_batch 16 --num_shards 4
 
 Fields of the configuration that it knows (`lora_r`, `num_envs`, `gradient_checkpointing`, `oft`) are taken from the file; of the rest
-only what would make another table is read, and refused: another model than an OpenVLA, adapters on some of the layers. What is not in the table: temporaries, the allocator's gaps and the CUDA context, together some gigabytes.
+only what would make another table is read, and refused: another model than an OpenVLA, adapters on some of the layers. What is not in
+the table: temporaries, the allocator's gaps and the CUDA context, together some gigabytes.
 """
 
 import logging

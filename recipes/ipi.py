@@ -54,6 +54,7 @@ from trl_stare.data.actors import policy_actor
 from trl_stare.envs import get_simulated_task
 from trl_stare.evaluation import (
     PHASES,
+    PLAIN_PPO,
     build_results,
     evaluate,
     film_policy,
@@ -155,7 +156,7 @@ def main(args: IPIArguments) -> None:
                         interact(args, configs[phase], checkpoint, env, plan)
             with watch(f"{phase}: evaluation"):
                 is_plain = not getattr(configs[phase], "stage_aware", True)
-                method = "PPO in the simulator, its rewards not shaped by stages." if is_plain else None
+                method = PLAIN_PPO if is_plain else None
                 evaluate_phase(args, phase, env, plan, started_from=checkpoint, method=method)
             done.append(phase)
             report(args, watch.seconds)

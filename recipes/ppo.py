@@ -23,7 +23,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import set_seed
 from transformers.utils import find_adapter_config_file
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser
 
 from trl_stare import (
     StagePPOConfig,
@@ -37,11 +37,11 @@ from trl_stare import (
 )
 from trl_stare.data import demonstrate_successes, load_trajectories, save_trajectories
 from trl_stare.envs import get_simulated_task
-from trl_stare.evaluation import write_episodes, write_model_card
+from trl_stare.evaluation import PLAIN_PPO, write_episodes, write_model_card
 from trl_stare.policies import norm_stats
 from trl_stare.policies.adapters import merge_adapter
 from trl_stare.tasks import import_tasks
-from trl_stare.trainers import preset_fields
+from trl_stare.trainers import get_policy_peft_config, preset_fields
 
 logger = logging.getLogger("ppo")
 
@@ -106,11 +106,10 @@ def main(args: PPOArguments, config: StagePPOConfig, model_args: ModelConfig) ->
 
 def load(args: PPOArguments, model_args: ModelConfig, out: Path) -> TokenPolicy:
     """The checkpoint, under a new adapter if one was asked for."""
-    checkpoint, peft_config = args.model or out / "initial", get_peft_config(model_args)
+    checkpoint, peft_config = args.model or out / "initial", get_policy_peft_config(model_args)
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if peft_config is None:
         return TokenPolicy.from_pretrained(checkpoint, args.unnorm_key, **options)
-    peft_config.task_type = None  # PEFT's tasks are those of text models
     if find_adapter_config_file(checkpoint) is not None:
         # an adapter's folder names what lies under it: that has to be a checkpoint too
         checkpoint = merge(checkpoint, args.unnorm_key, out / "base", options)
@@ -168,7 +167,7 @@ def report(args: PPOArguments, config: StagePPOConfig, trainer: StagePPOTrainer)
         task=args.task,
         visuals=env.metadata["visuals"],
         started_from=args.model or f"a small VLA that imitated {args.demonstrations} scripted demonstrations",
-        method=None if config.stage_aware else "PPO in the simulator, its rewards not shaped by stages.",
+        method=None if config.stage_aware else PLAIN_PPO,
         usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
     )
     logger.info("success_once %.3f of %d held-out episodes", result.success_once, len(episodes))

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser
 
 from trl_stare import StageSFTConfig, StageSFTTrainer, TokenPolicy, get_plan
 from trl_stare.data import TrajectoryFolder
@@ -26,6 +26,7 @@ from trl_stare.policies import load_lerobot_pi0, quantile_statistics
 from trl_stare.policies.adapters import merge_adapter
 from trl_stare.policies.conventions import get_convention
 from trl_stare.tasks import import_tasks
+from trl_stare.trainers import get_policy_peft_config
 
 
 @dataclass
@@ -65,9 +66,7 @@ def main(args: SFTArguments, config: StageSFTConfig, model_args: ModelConfig) ->
     set_seed(config.seed)  # LoRA's first weights are random
     shown = TrajectoryFolder(args.demonstrations)
     policy = load(args, model_args)
-    peft_config = get_peft_config(model_args)
-    if peft_config is not None:
-        peft_config.task_type = None  # PEFT's tasks are those of text models
+    peft_config = get_policy_peft_config(model_args)
     trainer = StageSFTTrainer(policy, config, shown, get_plan(shown[0].task), peft_config=peft_config)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or get_last_checkpoint(config.output_dir))
     if peft_config is None:

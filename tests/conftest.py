@@ -14,6 +14,7 @@ _ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets" / "maniskill
 if _ASSETS.is_dir():
     os.environ.setdefault("MS_ASSET_DIR", str(_ASSETS))
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from trl_stare.envs.vulkan import select_vulkan_driver  # noqa: E402
@@ -22,3 +23,11 @@ torch.set_num_threads(1)
 select_vulkan_driver()
 # a forked process must not tidy up the renderers of its parent, whose threads it has not: it would wait for them for ever
 os.register_at_fork(after_in_child=gc.freeze)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What the marker `bridge_assets` does."""
+    assets = Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser() / "data"
+    missing = [part for part in ("tasks/bridge_v2_real2sim_dataset", "robots/widowx") if not (assets / part).is_dir()]
+    if missing and item.get_closest_marker("bridge_assets"):
+        pytest.skip(f"{missing} not in {assets}: download the Bridge tasks' assets, or set MS_ASSET_DIR")

@@ -1,8 +1,5 @@
 """SimplerEnv's Bridge tasks in the real simulator: configurations, pictures, signals, demonstrator."""
 
-import os
-from pathlib import Path
-
 import gymnasium as gym
 import pytest
 import torch
@@ -20,12 +17,6 @@ EGGPLANT = "PutEggplantInBasketScene-v1"
 TASKS = (CARROT, SPOON, CUBE, EGGPLANT)
 ROW = torch.tensor([0])
 STILL_OPEN = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
-
-ASSETS = Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser() / "data"
-needs_assets = pytest.mark.skipif(
-    not all((ASSETS / part).is_dir() for part in ("tasks/bridge_v2_real2sim_dataset", "robots/widowx")),
-    reason=f"the Bridge tasks' assets are not in {ASSETS}: download them, or set MS_ASSET_DIR",
-)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +44,7 @@ def act(simulator, action):
     return simulator.signals()
 
 
-@needs_assets
+@pytest.mark.bridge_assets
 @pytest.mark.parametrize(
     ("task", "count", "steps"), [(CARROT, 24, 60), (SPOON, 24, 60), (CUBE, 24, 60), (EGGPLANT, 64, 120)]
 )
@@ -67,7 +58,7 @@ def test_simplerenvs_own_settings(make_simulator, task, count, steps):
     assert not speed_up_control(env)  # its shortcut is for another controller
 
 
-@needs_assets
+@pytest.mark.bridge_assets
 def test_a_seed_selects_the_configuration(make_simulator):
     simulator = make_simulator(CARROT)
     starts = {seed: begin(simulator, seed) for seed in (3, 4, 27)}
@@ -81,7 +72,7 @@ def test_a_seed_selects_the_configuration(make_simulator):
         assert abs(torch.cos(2 * torch.atan2(z, w) - turn) - 1) < 0.01
 
 
-@needs_assets
+@pytest.mark.bridge_assets
 def test_a_start_does_not_depend_on_the_episode_before(make_simulator):
     """ManiSkill lets the objects settle while the robot still stands as the last episode left it."""
     simulator = make_simulator(CARROT)
@@ -93,7 +84,7 @@ def test_a_start_does_not_depend_on_the_episode_before(make_simulator):
     assert all(torch.equal(fresh[name], again[name]) for name in fresh)
 
 
-@needs_assets
+@pytest.mark.bridge_assets
 def test_pictures_are_maniskills_own_and_environments_do_not_share_them(make_simulator):
     table, sink, small = make_simulator(CARROT, None), make_simulator(EGGPLANT, None), make_simulator(CARROT, 64)
     for simulator in (table, sink, small):
@@ -117,7 +108,7 @@ def test_pictures_are_maniskills_own_and_environments_do_not_share_them(make_sim
         env.close()
 
 
-@needs_assets
+@pytest.mark.bridge_assets
 def test_actions_are_metres_of_the_hands_target(make_simulator):
     simulator = make_simulator(CARROT)
     before = begin(simulator, 0)
@@ -134,7 +125,7 @@ def test_actions_are_metres_of_the_hands_target(make_simulator):
     )
 
 
-@needs_assets
+@pytest.mark.bridge_assets
 def test_a_drop_ends_the_grasp_though_maniskills_flags_stay(make_simulator):
     simulator, plan = make_simulator(CARROT), get_plan(CARROT)
     expert = simulator.task.demonstrate
@@ -157,7 +148,7 @@ def test_a_drop_ends_the_grasp_though_maniskills_flags_stay(make_simulator):
     assert signals["success"].item() == latched["success"].item() is False
 
 
-@needs_assets
+@pytest.mark.bridge_assets
 @pytest.mark.parametrize("task", TASKS)
 def test_expert_passes_every_stage(make_simulator, task):
     simulator, plan = make_simulator(task), get_plan(task)
@@ -173,7 +164,7 @@ def test_expert_passes_every_stage(make_simulator, task):
         assert torch.corrcoef(ranks)[0, 1] >= 0.9 and potential.min() >= 0 and potential.max() <= 1
 
 
-@needs_assets
+@pytest.mark.bridge_assets
 def test_make_env_shows_the_tasks_own_picture():
     env = make_env(CARROT, num_envs=1, num_workers=1)
     start = env.reset([0])
@@ -183,7 +174,7 @@ def test_make_env_shows_the_tasks_own_picture():
     env.close()
 
 
-@needs_assets
+@pytest.mark.bridge_assets
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("task", TASKS)

@@ -1,8 +1,6 @@
 """Imitation, preference and interaction with a tiny pi0 in the real simulator: a few iterations of each, on a CPU."""
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,11 +22,6 @@ from trl_stare.data import build_pairs, check_traces, demonstrate, pairs_dataset
 from trl_stare.envs import get_simulated_task
 from trl_stare.policies import quantile_statistics
 
-ASSETS = Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser() / "data"
-needs_assets = pytest.mark.skipif(
-    not all((ASSETS / part).is_dir() for part in ("tasks/bridge_v2_real2sim_dataset", "robots/widowx")),
-    reason=f"the Bridge tasks' assets are not in {ASSETS}: download them, or set MS_ASSET_DIR",
-)
 CHUNK = 4
 COMMON = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
 
@@ -45,7 +38,9 @@ def logged(trainer, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["StackCube-v1", pytest.param("PutCarrotOnPlateInScene-v1", marks=needs_assets)])
+@pytest.mark.parametrize(
+    "task", ["StackCube-v1", pytest.param("PutCarrotOnPlateInScene-v1", marks=pytest.mark.bridge_assets)]
+)
 def test_imitation_preference_interaction(tmp_path, task):
     plan, seeds = get_plan(task), range(3)
     env = make_env(task, num_envs=2, num_workers=1, image_size=32)

@@ -1,7 +1,6 @@
 """The whole pipeline with other VLAs: a tiny random OpenVLA under a LoRA and a tiny pi0, on a Bridge task, as a user launches it."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +36,6 @@ APPROACH = Stage(name="Approach", done=is_near, distance=distance, scale=0.3, re
 TASK = replace(get_simulated_task(SHIPPED), name="ApproachCarrot-v1")
 register_task(TASK, StagePlan("ApproachCarrot-v1", (APPROACH, *get_plan(SHIPPED).stages)))
 """
-ASSETS = Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser() / "data"
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "recipes/ipi.py"]  # fmt: skip
 SMALL = {
@@ -52,14 +50,7 @@ SMALL = {
 }  # fmt: skip
 SCALE = {"q01": [-0.03] * 3 + [-0.2] * 3 + [0.0], "q99": [0.03] * 3 + [0.2] * 3 + [1.0]}
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-    pytest.mark.skipif(
-        not (ASSETS / "tasks" / "bridge_v2_real2sim_dataset").is_dir(),
-        reason=f"the Bridge tasks' assets are not in {ASSETS}",
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.bridge_assets]
 
 
 def openvla() -> tuple[OpenVLAPolicy, dict]:

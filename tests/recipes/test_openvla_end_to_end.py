@@ -1,7 +1,6 @@
 """The three phases with a tiny random OpenVLA on a Bridge task, by the recipes: demonstrations, imitation, pairs, preference, PPO."""
 
 import json
-import os
 import runpy
 import sys
 from contextlib import closing
@@ -19,7 +18,6 @@ from trl_stare.policies import OpenVLAOFTPolicy, OpenVLAPolicy, create_tiny_open
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TASK = "PutCarrotOnPlateInScene-v1"
-ASSETS = Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser() / "data"
 STATS = {"action": {"q01": [-0.03] * 3 + [-0.2] * 3 + [0.0], "q99": [0.03] * 3 + [0.2] * 3 + [1.0]}}
 LORA = [
     "--use_peft",
@@ -98,14 +96,7 @@ def interact(run, start: Path, out: Path) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in adapter.items() if "lora_B" in name and weight.abs().max() > 0}
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-    pytest.mark.skipif(
-        not (ASSETS / "tasks" / "bridge_v2_real2sim_dataset").is_dir(),
-        reason=f"the Bridge tasks' assets are not in {ASSETS}",
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.bridge_assets]
 
 
 def test_imitation_preference_interaction(run, tmp_path):

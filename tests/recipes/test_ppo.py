@@ -3,12 +3,12 @@
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 from trl import TrlParser
@@ -48,14 +48,22 @@ def test_a_checkpoint_or_demonstrations_but_not_both(recipe, flags):
 
 
 def launch(out: Path, processes: int) -> subprocess.Popen:
-    """The documented line, in a group of its own."""
+    """The documented line."""
     line = [sys.executable, "-m", "accelerate.commands.launch"]
     line += ["--config_file", str(CPU2)] if processes == 2 else []
     line += ["recipes/ppo.py", "--config", str(SMOKE), "--output_dir", str(out), "--num_workers", "1"]
     with out.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(
-            line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, start_new_session=True
-        )
+        return subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+
+
+def kill(launcher: subprocess.Popen, processes: int) -> None:
+    """SIGKILL. Several processes end with their launcher; one is not its own launcher's to end (accelerate starts it plainly)."""
+    started = psutil.Process(launcher.pid).children(recursive=True)
+    for process in started if processes == 1 else ():
+        process.kill()
+    launcher.kill()
+    launcher.wait()
+    assert not psutil.wait_procs(started, timeout=30)[1]
 
 
 def wait_for(path: Path, process: subprocess.Popen, lines: int = 0) -> None:
@@ -80,8 +88,7 @@ def test_killed_in_rollout_update_and_saving_the_smoke_run_ends_the_same(tmp_pat
     for path, lines in ((killed / "episodes.jsonl", 3), (killed / "episodes.jsonl", 32), (killed / ".saving", 0)):
         process = launch(killed, processes)
         wait_for(path, process, lines)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process, processes)
     assert launch(killed, processes).wait(1800) == 0, killed.with_suffix(".log").read_text()[-3000:]
 
     assert (whole / "episodes.jsonl").read_text() == (killed / "episodes.jsonl").read_text()

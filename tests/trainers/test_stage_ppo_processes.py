@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -188,6 +189,33 @@ def test_processes_started_again_meet_elsewhere_than_those_that_died(monkeypatch
         meet_anew_after_restart()
         found.append((os.environ["MASTER_PORT"], os.environ["TORCHELASTIC_USE_AGENT_STORE"]))
     assert found[0] == found[1] and found[0][0] != str(launcher.port) and found[0][1] == "False"
+
+
+LAUNCHER = (
+    "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True).wait()"
+)
+RANK = """
+import os, time
+from trl_stare.trainers.processes import end_with_launcher
+end_with_launcher()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_rank_ends_with_its_launcher_and_any_other_process_outlives_its_parent(launched):
+    env = os.environ | ({"TORCHELASTIC_RUN_ID": "none"} if launched else {})
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK], env=env, stdout=subprocess.PIPE, text=True)
+    with launcher.stdout as printed:
+        rank = psutil.Process(int(printed.readline()))
+    launcher.kill()
+    launcher.wait()
+    gone, alive = psutil.wait_procs([rank], timeout=2)
+    for process in alive:
+        process.kill()
+    assert bool(gone) == launched
 
 
 @pytest.mark.slow

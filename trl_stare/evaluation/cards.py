@@ -22,6 +22,9 @@ METHODS = {
 }
 """What each phase does, in the card's words. Of which policy is not said here: any phase may start from any checkpoint."""
 
+PLAIN_PPO = "PPO in the simulator, its rewards not shaped by stages."
+"""In the place of StA-PPO's sentence, for its baseline."""
+
 TAGS = ("robotics", "reinforcement-learning", "vision-language-action", "trl", "stare")
 
 

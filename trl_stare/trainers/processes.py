@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -11,6 +14,20 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.elastic.utils.distributed import get_free_port
+
+PR_SET_PDEATHSIG = 1
+"""`prctl(2)`: the signal that a process gets when its parent ends."""
+
+
+def end_with_launcher() -> None:
+    """Let this process be killed when the launcher that started it and others is (Linux only).
+
+    torch's launcher gives each process a session of its own (`SubprocessHandler._popen`): they would survive a SIGKILL of the launcher, and
+    the next launch would wait for ever at the port that they still hold. Nothing is done where no such launcher is: a process may
+    outlive the shell it was begun in. One whose launcher ends before this call finds no store to meet the others in, and ends too.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def meet_anew_after_restart() -> None:

@@ -10,6 +10,7 @@ from trl import DPOConfig
 
 from trl_stare.losses import PREFERENCE_LOSSES
 from trl_stare.trainers._compat import start_deepspeed_on_cpu
+from trl_stare.trainers.processes import end_with_launcher
 
 OBJECTIVES = ("sta-tpo", "tpo-mean", "tpo-sum")
 """`sta-tpo` compares stages; the TPO baselines compare whole trajectories, by mean or by sum (GRAPE) of decisions."""
@@ -116,6 +117,7 @@ class StageDPOConfig(DPOConfig):
         if self.bf16 is None:
             on_gpu = not self.use_cpu and torch.cuda.is_available()
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        end_with_launcher()
         super().__post_init__()
         start_deepspeed_on_cpu(self)
         weights, size = self.stage_weights, self.step_micro_batch_size

@@ -12,7 +12,7 @@ from trl_stare.losses import RATIO_LEVELS
 from trl_stare.stages import POTENTIAL_FORMS
 from trl_stare.trainers._compat import _BaseConfig, start_deepspeed_on_cpu
 from trl_stare.trainers.presets import PPO_PRESETS
-from trl_stare.trainers.processes import meet_anew_after_restart
+from trl_stare.trainers.processes import end_with_launcher, meet_anew_after_restart
 from trl_stare.trainers.rewards import REWARDS
 
 CRITICS = ("privileged", "hidden", "shared")
@@ -190,6 +190,7 @@ class StagePPOConfig(_BaseConfig):
             )
         # accelerate would take several processes of a machine without GPUs for several GPUs
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        end_with_launcher()
         meet_anew_after_restart()
         super().__post_init__()  # makes the process group
         start_deepspeed_on_cpu(self)

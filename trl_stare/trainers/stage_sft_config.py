@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from trl_stare.trainers.processes import end_with_launcher
+
 
 @dataclass
 class StageSFTConfig(SFTConfig):
@@ -37,4 +39,5 @@ class StageSFTConfig(SFTConfig):
             )
         # the rows are decisions that a collator turns into tensors: there is no text to tokenise
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        end_with_launcher()
         super().__post_init__()
