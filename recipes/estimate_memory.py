@@ -38,13 +38,13 @@ class MemoryArguments:
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers in the backward pass."})
     num_shards: int = field(default=1, metadata={"help": "GPUs that weights are divided among; 1 for DDP."})
     oft: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of `OFTSettings`."})
-    pi0: dict[str, Any] = field(default_factory=dict, metadata={"help": "Not known: see docs/flow.md for pi0."})
+    lerobot: dict[str, Any] = field(default_factory=dict, metadata={"help": "Not known: see docs/flow.md for pi0."})
     lora_target_modules: str = field(default="all-linear", metadata={"help": "Nothing else is known."})
 
     def __post_init__(self):
-        if self.pi0:
+        if self.lerobot:
             raise ValueError(
-                "`config` must be of an OpenVLA, got one with `pi0`. See docs/flow.md for what pi0 takes."
+                "`config` must be of an OpenVLA, got one with `lerobot`. See docs/flow.md for what pi0 takes."
             )
         if self.lora_target_modules != "all-linear":
             raise ValueError(

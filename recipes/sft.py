@@ -22,7 +22,7 @@ from trl import ModelConfig, TrlParser
 
 from trl_stare import StageSFTConfig, StageSFTTrainer, TokenPolicy, get_plan
 from trl_stare.data import TrajectoryFolder
-from trl_stare.policies import load_lerobot_pi0, quantile_statistics
+from trl_stare.policies import load_lerobot_policy, quantile_statistics
 from trl_stare.policies.adapters import merge_adapter
 from trl_stare.policies.conventions import get_convention
 from trl_stare.tasks import import_tasks
@@ -49,11 +49,11 @@ class SFTArguments:
     )
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "Of a pi0 that LeRobot wrote: 'google/paligemma-3b-pt-224' (folder or Hub id)."},
+        metadata={"help": "Of a checkpoint that LeRobot wrote, e.g. 'google/paligemma-3b-pt-224' for pi0."},
     )
-    pi0: dict[str, Any] = field(
+    lerobot: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Fields of `PI0Config` for it, e.g. `chunk_size`, `num_inference_steps`."},
+        metadata={"help": "Settings of such a checkpoint, e.g. `chunk_size`, `num_inference_steps`."},
     )
     task_module: str | None = field(
         default=None, metadata={"help": "Module, or its file, that registers tasks of your own."}
@@ -82,11 +82,11 @@ def load(args: SFTArguments, model_args: ModelConfig) -> TokenPolicy:
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if args.tokenizer is not None:
         convention = args.action_convention or "identity"
-        return load_lerobot_pi0(
+        return load_lerobot_policy(
             args.model,
             tokenizer=AutoTokenizer.from_pretrained(args.tokenizer),
             norm_stats=statistics_of(args, convention, "state"),
-            settings=args.pi0 | {"flow": args.pi0.get("flow", {}) | {"action_convention": convention}},
+            settings=args.lerobot | {"flow": args.lerobot.get("flow", {}) | {"action_convention": convention}},
             **options,
         )
     changes: dict[str, Any] = {"oft": args.oft} if args.oft else {}

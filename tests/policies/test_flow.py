@@ -1,5 +1,6 @@
 """pi0 as a policy: the sampler in closed form, the chain in a trace, LeRobot's names, statistics, bad input."""
 
+import importlib.util
 import json
 import math
 
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from trl_stare import FlowPolicy, TokenPolicy
 from trl_stare.interfaces import Observation
-from trl_stare.policies.flow import FlowSettings, lerobot_name, load_lerobot_pi0
+from trl_stare.policies import load_lerobot_policy
+from trl_stare.policies.flow import FlowSettings, lerobot_name
 from trl_stare.policies.flow.policy import hold
 from trl_stare.policies.flow.sde import gaussian_entropy, gaussian_logps, noisy_actions, ode_step, sde_step
 from trl_stare.policies.flow.trace import FlowTrace, pack, unpack
@@ -211,10 +213,10 @@ def test_lerobots_names_load(tmp_path, prefix):
     config = policy.model.config.to_dict()
     sizes = {name: config[name] for name in ("vlm_config", "dit_config", "max_state_dim", "max_action_dim")}
     given = {"tokenizer": policy.processor.tokenizer, "norm_stats": statistics()}
-    loaded = load_lerobot_pi0(folder, settings=sizes, **given)
+    loaded = load_lerobot_policy(folder, settings=sizes, **given)
     assert loaded.chunk_size == 3
     other = {"chunk_size": 5, "flow": {"noise_level": 0.25}}
-    assert load_lerobot_pi0(folder, settings=sizes | other, **given).chunk_size == 5
+    assert load_lerobot_policy(folder, settings=sizes | other, **given).chunk_size == 5
     ours = loaded.model.state_dict()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[lerobot_name(canonical(name))], value, atol=0, rtol=0)
@@ -229,14 +231,22 @@ def canonical(name):
 
 
 def test_lerobots_other_models_say_where_they_run(tmp_path):
-    for model_type, error, message in (
-        ("smolvla", ImportError, "SmolVLA, pi0.5 and pi0-FAST exist only in LeRobot"),
-        ("pi05", ImportError, "python3.12 -m venv lerobot-env"),
-        ("act", ValueError, "must be a pi0 that LeRobot wrote, got type 'act'"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps({"type": model_type}))
+    cases = [
+        (
+            "act",
+            ValueError,
+            "must be a checkpoint that LeRobot wrote, one of .*'pi0', 'pi05', 'smolvla'.*got type 'act'",
+        )
+    ]
+    if importlib.util.find_spec("lerobot") is None:  # where it is, tests/policies/test_lerobot.py
+        cases += [(kind, ImportError, f"'{kind}' needs LeRobot.*python3.12 -m venv") for kind in ("smolvla", "pi05")]
+    for kind, error, message in cases:
+        (tmp_path / "config.json").write_text(json.dumps({"type": kind}))
         with pytest.raises(error, match=message):
-            load_lerobot_pi0(tmp_path, tokenizer=None, norm_stats={})
+            load_lerobot_policy(tmp_path, tokenizer=None, norm_stats={})
+    with pytest.raises(ValueError, match="must be left out for 'smolvla'.*Use the trainer's `bf16`"):
+        (tmp_path / "config.json").write_text(json.dumps({"type": "smolvla"}))
+        load_lerobot_policy(tmp_path, tokenizer=None, norm_stats={}, dtype="bfloat16")
     with pytest.raises(ValueError, match="must be of LeRobot's pi0"):
         lerobot_name("model.vision_tower.weight")
 

@@ -1,4 +1,7 @@
-"""The whole pipeline with other VLAs: a tiny random OpenVLA under a LoRA and a tiny pi0, on a Bridge task, as a user launches it."""
+"""The whole pipeline with other VLAs, of tiny sizes and random weights, on a Bridge task, as a user launches it.
+
+An OpenVLA under a LoRA, a pi0, and, in an environment where LeRobot is (docs/flow.md), a SmolVLA.
+"""
 
 import json
 import subprocess
@@ -10,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from trl_stare import FlowPolicy, TokenPolicy
-from trl_stare.policies import OpenVLAPolicy, create_tiny_openvla, create_tiny_pi0
+from trl_stare.policies import OpenVLAPolicy, create_tiny_openvla, create_tiny_pi0, load_lerobot_policy
 
 ROOT = Path(__file__).parents[2]
 # A Bridge task in which a policy of few updates passes a stage now and then: without that there are no pairs.
@@ -53,7 +56,7 @@ SCALE = {"q01": [-0.03] * 3 + [-0.2] * 3 + [0.0], "q99": [0.03] * 3 + [0.2] * 3 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.bridge_assets]
 
 
-def openvla() -> tuple[OpenVLAPolicy, dict]:
+def openvla(folder: Path) -> tuple[OpenVLAPolicy, dict]:
     """It knows several robots, as the published ones do."""
     policy = create_tiny_openvla({"bridge_orig": {"action": SCALE}})
     policy.model.config.norm_stats["another"] = {"action": SCALE}
@@ -61,17 +64,29 @@ def openvla() -> tuple[OpenVLAPolicy, dict]:
     return policy, own | {"lora.r": 8, "lora.lora_alpha": 16}
 
 
-def pi0() -> tuple[FlowPolicy, dict]:
+def pi0(folder: Path) -> tuple[FlowPolicy, dict]:
     """All its weights are trained, and it acts in chunks."""
     scale = {"q01": [*SCALE["q01"][:6], -1.0], "q99": SCALE["q99"]}
     policy = create_tiny_pi0({"bridge": {"action": scale}}, num_inference_steps=3)
     return policy, {"image_size": 28, "chunk_size": policy.chunk_size, "preference.cost_coef": 0.0}
 
 
-@pytest.mark.parametrize("make", [openvla, pi0])
+def smolvla(folder: Path) -> tuple[FlowPolicy, dict]:
+    """Its action expert alone is trained, as LeRobot does it."""
+    pytest.importorskip("lerobot", reason="needs LeRobot, in an environment of its own: docs/flow.md")
+    sys.path.append(str(ROOT / "tests" / "policies"))
+    from lerobot_toy import make_tokenizer, write_lerobot
+
+    write_lerobot("smolvla", folder, train_expert_only=True)
+    scale = {"q01": [*SCALE["q01"][:6], -1.0], "q99": SCALE["q99"]}
+    policy = load_lerobot_policy(folder, tokenizer=make_tokenizer(), norm_stats={"bridge": {"action": scale}})
+    return policy, {"image_size": 56, "chunk_size": policy.chunk_size, "preference.cost_coef": 0.0}
+
+
+@pytest.mark.parametrize("make", [openvla, pi0, smolvla])
 def test_imitation_preference_interaction(make, tmp_path):
     torch.manual_seed(0)
-    policy, own = make()
+    policy, own = make(tmp_path / "theirs")
     policy.save_pretrained(tmp_path / "base")
     (tmp_path / "approach.py").write_text(TASKS)
     task = {"task": "ApproachCarrot-v1", "task_module": tmp_path / "approach.py"}

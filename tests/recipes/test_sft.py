@@ -55,7 +55,7 @@ def test_a_pi0_of_lerobot_is_trained_and_takes_the_statistics_of_the_demonstrati
     folder, sizes, before = lerobot
     shown = [demonstration(seed) for seed in range(3)]
     save_trajectories(shown, folder / "data", get_plan(TASK))
-    (folder / "pi0.yaml").write_text(yaml.safe_dump({"pi0": sizes | {"chunk_size": 2, "num_inference_steps": 3}}))
+    (folder / "pi0.yaml").write_text(yaml.safe_dump({"lerobot": sizes | {"chunk_size": 2, "num_inference_steps": 3}}))
     flags = {
         "config": folder / "pi0.yaml", "model": folder / "theirs", "tokenizer": folder / "tokenizer",
         "demonstrations": folder / "data", "output_dir": folder / "sft", "max_steps": 2, "learning_rate": 1e-3,

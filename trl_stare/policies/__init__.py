@@ -2,8 +2,9 @@
 
 from trl_stare.policies.action_tokens import ActionBins, norm_stats
 from trl_stare.policies.autoregressive import AutoregressivePolicy
-from trl_stare.policies.flow import FlowPolicy, FlowProcessor, create_tiny_pi0, load_lerobot_pi0
+from trl_stare.policies.flow import FlowPolicy, FlowProcessor, create_tiny_pi0
 from trl_stare.policies.hf_vlm import HFVLMPolicy
+from trl_stare.policies.lerobot import load_lerobot_policy
 from trl_stare.policies.normalization import ActionStatistics, BinnedActions, quantile_statistics
 from trl_stare.policies.openvla import (
     MemoryEstimate,
@@ -42,7 +43,7 @@ __all__ = [
     "create_tiny_openvla",
     "create_tiny_pi0",
     "estimate_memory",
-    "load_lerobot_pi0",
+    "load_lerobot_policy",
     "norm_stats",
     "quantile_statistics",
 ]

@@ -1,4 +1,4 @@
-"""LeRobot's checkpoints: pi0 loads natively; SmolVLA and pi0.5 need LeRobot itself, which cannot be installed beside us."""
+"""LeRobot's pi0 in transformers' own class; `trl_stare.policies.lerobot` has its other models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ LEROBOT_NAMES = {
 it loads and, back again, when it saves (`conversion_mapping.py`, "pi0"): what we save has LeRobot's names too."""
 
 _SAME_FIELDS = ("chunk_size", "max_state_dim", "max_action_dim", "num_inference_steps", "min_period", "max_period")
-_NEEDS_LEROBOT = ("smolvla", "pi05", "pi0_fast")
 
 
 def lerobot_name(name: str) -> str:
@@ -54,26 +53,17 @@ def load_lerobot_pi0(
     settings: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> FlowPolicy:
-    """A [`FlowPolicy`] from a checkpoint that LeRobot wrote, such as `lerobot/pi0_base`.
-
-    LeRobot keeps neither tokenizer nor, in older versions, statistics in the checkpoint; save the policy, and both are.
+    """What [`~trl_stare.policies.load_lerobot_policy`] does with a pi0.
 
     Args:
-        folder (`str`): a folder or a Hub id with LeRobot's `config.json` and `model.safetensors`.
-        tokenizer (`PreTrainedTokenizerBase`): `AutoTokenizer.from_pretrained("google/paligemma-3b-pt-224")`.
-        norm_stats (`dict`): `{key: {"action": {"mean": [A], "std": [A]}, "state": {"mean": [P], "std": [P]}}}`, of the data that the
-            checkpoint was trained on or that it will be.
-        settings (`Mapping`, *optional*): fields of `PI0Config` that are not the checkpoint's or the published architecture's, e.g.
-            `{"chunk_size": 10, "flow": {"action_convention": "bridge"}}`; no weight depends on the size of a chunk.
-        kwargs: for `from_pretrained` of the model, e.g. `dtype`.
+        folder (`str`), tokenizer (`PreTrainedTokenizerBase`), norm_stats (`dict`): as there.
+        settings (`Mapping`, *optional*): fields of `PI0Config`. kwargs: for `from_pretrained` of the model, e.g. `dtype`.
 
     Raises:
-        ImportError: a checkpoint of a model that only LeRobot itself has. ValueError: not a pi0, or tensors that are missing.
+        ValueError: not a pi0, or tensors that are missing.
     """
     path = cached_file(folder, "config.json")
     theirs = json.loads(Path(path).read_text())
-    if theirs.get("type") in _NEEDS_LEROBOT:
-        raise_needs_lerobot(theirs["type"])
     if theirs.get("type") != "pi0":
         raise ValueError(
             f"`{folder}` must be a pi0 that LeRobot wrote, got type {theirs.get('type')!r} in config.json."
@@ -91,18 +81,3 @@ def load_lerobot_pi0(
     vision = config.vlm_config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     return FlowPolicy(model, FlowProcessor(tokenizer, vision.image_size, patches, config.vlm_config.image_token_id))
-
-
-def raise_needs_lerobot(model_type: str) -> None:
-    """Say why `model_type` is not here and where it runs.
-
-    Raises:
-        ImportError: always.
-    """
-    raise ImportError(
-        f"`model_type` must be 'pi0', got {model_type!r}. SmolVLA, pi0.5 and pi0-FAST exist only in LeRobot, whose pins (LeRobot 0.6.1: "
-        "Python >= 3.12, torch < 2.12, transformers < 5.6, datasets < 5, torchvision) exclude the ones of this package's "
-        "requirements.lock. Set up an environment of their own: `python3.12 -m venv lerobot-env && lerobot-env/bin/pip install "
-        "'lerobot[smolvla,pi,dataset]==0.6.1' 'trl==1.16.0' mani_skill peft`, then `pip install --no-deps -e .` of this package, and "
-        "write the adapter there: docs/flow.md."
-    )

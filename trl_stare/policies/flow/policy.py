@@ -108,13 +108,7 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
             ValueError: no proprioception, or of another size, where the statistics have it.
         """
         images = obs.images if obs.images.ndim == 5 else obs.images[:, None]
-        state = torch.zeros(len(images), 0)
-        if self.state_statistics is not None:
-            size = self.state_statistics.action_dim
-            if obs.state is None or obs.state.shape[-1] != size:
-                got = None if obs.state is None else [*obs.state.shape]
-                raise ValueError(f"`obs.state` must be `[N, {size}]`, got {got}. This policy needs proprioception.")
-            state = self.state_statistics.normalize(obs.state).float()
+        state = self._state(obs)
         state = F.pad(state, (0, self.model.config.max_state_dim - state.shape[-1]))
         return self.processor(images=images, text=obs.instructions) | {"state": state}
 
@@ -124,7 +118,7 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
     ) -> ActionSample:
         """Denoise one chunk per row. At temperature 0 `logps` are those of the deterministic step at temperature 1."""
         inputs = self._place(inputs)
-        prefix = read_prefix(self.model, inputs)
+        prefix = self._read(inputs)
         n, num_steps = len(inputs["state"]), self.model.config.num_inference_steps
         x = torch.zeros(n, self.chunk_size, self.latent_dim)
         noise, chosen = x[..., : self.action_dim], torch.zeros(n, dtype=torch.int64)
@@ -136,7 +130,7 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
         before, after, logps = x.clone(), noise.clone(), noise.clone()
         for step in range(num_steps):
             index = torch.full_like(chosen, step)
-            v = velocity(self.model, inputs, prefix, x, 1 - index / num_steps)
+            v = self._velocity(inputs, prefix, x, 1 - index / num_steps)
             following = ode_step(x, v, num_steps)
             here = chosen == step
             mean, std = self._transition(x, v, index, temperature or 1.0)
@@ -160,9 +154,9 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
         chain = self._unpack(trace.to(self.device))
         if (chain.index < 0).any():
             raise ValueError("`trace` must be of this policy's rollouts, got a demonstration, which has no chain.")
-        prefix = read_prefix(self.model, inputs)
+        prefix = self._read(inputs)
         time = 1 - chain.index / self.model.config.num_inference_steps
-        v = velocity(self.model, inputs, prefix, chain.before, time)
+        v = self._velocity(inputs, prefix, chain.before, time)
         mean, std = self._transition(chain.before, v, chain.index, temperature)
         entropies = gaussian_entropy(std).expand_as(mean)
         return ActionEval(gaussian_logps(chain.after, mean, std).flatten(1), entropies.flatten(1), prefix.features)
@@ -175,7 +169,7 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
         its own. Times are the midpoints of equal intervals.
         """
         inputs, actions = self._place(inputs), self._latent(trace)
-        prefix = read_prefix(self.model, inputs)
+        prefix = self._read(inputs)
         draws = self.settings.score_draws
         generator = torch.Generator().manual_seed(self.settings.score_seed)
         noises = torch.randn(draws, 1, self.chunk_size, self.latent_dim, generator=generator).to(self.device)
@@ -199,7 +193,7 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
         actions = hold(actions, kept)
         time = self._training_times(len(actions)).to(self.device)
         noise = torch.randn(actions.shape).to(self.device)
-        errors = self._errors(inputs, read_prefix(self.model, inputs), actions, noise, time).mean(-1)
+        errors = self._errors(inputs, self._read(inputs), actions, noise, time).mean(-1)
         losses = (errors * kept).sum(-1) / kept.sum(-1).clamp(min=1)
         if weight is None:
             return losses.mean()
@@ -223,6 +217,26 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
         actions = self.statistics.unnormalize(values).float()
         return actions if self.convention is None else self.convention.to_robot(actions)
 
+    def _state(self, obs: Observation) -> Tensor:
+        """`[N, P]` float32, normalised; `P` is 0 where the policy reads no proprioception.
+
+        Raises:
+            ValueError: none, or of another size, where the statistics have it.
+        """
+        if self.state_statistics is None:
+            return torch.zeros(len(obs.images), 0)
+        size = self.state_statistics.action_dim
+        if obs.state is None or obs.state.shape[-1] != size:
+            got = None if obs.state is None else [*obs.state.shape]
+            raise ValueError(f"`obs.state` must be `[N, {size}]`, got {got}. This policy needs proprioception.")
+        return self.state_statistics.normalize(obs.state).float()
+
+    def _read(self, inputs: dict[str, Tensor]) -> Prefix:
+        return read_prefix(self.model, inputs)
+
+    def _velocity(self, inputs: dict[str, Tensor], prefix: Prefix, x: Tensor, time: Tensor) -> Tensor:
+        return velocity(self.model, inputs, prefix, x, time)
+
     def _unpack(self, trace: Tensor) -> FlowTrace:
         sizes = {"chunk_size": self.chunk_size, "action_dim": self.action_dim, "latent_dim": self.latent_dim}
         return unpack(trace, **sizes)
@@ -244,7 +258,7 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
         self, inputs: dict[str, Tensor], prefix: Prefix, actions: Tensor, noise: Tensor, time: Tensor
     ) -> Tensor:
         """`[N, C, A]`: squared errors of the velocity at `time` `[N]` between `actions` and `noise` `[N, C, D]`."""
-        v = velocity(self.model, inputs, prefix, noisy_actions(actions, noise, time), time)
+        v = self._velocity(inputs, prefix, noisy_actions(actions, noise, time), time)
         return (v - (noise - actions))[..., : self.action_dim].square()
 
     def _training_times(self, n: int) -> Tensor:
