@@ -86,10 +86,32 @@ def test_the_memory_table_of_a_configuration(recipes, monkeypatch, caplog):
     assert "| weights (bfloat16) | 15.08 |" in caplog.text and estimate.kv_cache > 9e9
 
 
-@pytest.mark.parametrize("name", ["pi0_bridge_sft", "pi0_bridge_ppo"])
-def test_the_memory_of_another_model_is_not_guessed(name):
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("pi0_bridge_ppo", [], "must be 'all-linear' for openvla/openvla-7b.*--sizes_of lerobot/pi0_base"),
+        ("pi0_bridge_sft", ["--gradient_checkpointing", "true"], "must be left out for pi0"),
+    ],
+)
+def test_what_one_model_does_not_know_is_refused(name, flags, message):
     memory = runpy.run_path(str(RECIPES / "estimate_memory.py"))
-    with pytest.raises(ValueError, match="must be (of an OpenVLA|'all-linear')"):
-        TrlParser(memory["MemoryArguments"]).parse_args_and_config(
-            args=["--config", str(RECIPES / "configs" / f"{name}.yaml")], return_remaining_strings=True
-        )
+    args, _ = TrlParser(memory["MemoryArguments"]).parse_args_and_config(
+        args=["--config", str(RECIPES / "configs" / f"{name}.yaml"), *flags], return_remaining_strings=True
+    )
+    with pytest.raises(ValueError, match=message):
+        memory["main"](args)
+
+
+def test_the_memory_table_of_pi0(caplog):
+    """Its real size: the action expert's adapters alone."""
+    memory = runpy.run_path(str(RECIPES / "estimate_memory.py"))
+    path = RECIPES / "configs" / "pi0_bridge_ppo.yaml"
+    args, _ = TrlParser(memory["MemoryArguments"]).parse_args_and_config(
+        args=["--config", str(path), "--sizes_of", "lerobot/pi0_base"], return_remaining_strings=True
+    )
+    with caplog.at_level("INFO"):
+        estimate = memory["main"](args)
+    assert estimate.weights == 2 * 3_501_372_176 and estimate.adapters == 4 * 13_860_864
+    # 18 layers with one head of 256, keys and values in two bytes, of 256 patches and 32 tokens, for 64 environments
+    assert estimate.kv_cache == 64 * 18 * 2 * 256 * 2 * 288
+    assert "| weights (bfloat16) | 7.00 |" in caplog.text

@@ -2,12 +2,12 @@
 
 from trl_stare.policies.action_tokens import ActionBins, norm_stats
 from trl_stare.policies.autoregressive import AutoregressivePolicy
-from trl_stare.policies.flow import FlowPolicy, FlowProcessor, create_tiny_pi0
+from trl_stare.policies.flow import FlowPolicy, FlowProcessor, create_tiny_pi0, estimate_flow_memory
 from trl_stare.policies.hf_vlm import HFVLMPolicy
 from trl_stare.policies.lerobot import load_lerobot_policy
+from trl_stare.policies.memory import MemoryEstimate
 from trl_stare.policies.normalization import ActionStatistics, BinnedActions, quantile_statistics
 from trl_stare.policies.openvla import (
-    MemoryEstimate,
     OpenVLAConfig,
     OpenVLAForActionPrediction,
     OpenVLAImageProcessor,
@@ -42,6 +42,7 @@ __all__ = [
     "TokenPolicy",
     "create_tiny_openvla",
     "create_tiny_pi0",
+    "estimate_flow_memory",
     "estimate_memory",
     "load_lerobot_policy",
     "norm_stats",

@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from trl_stare.policies.openvla.configuration import OFTSettings, OpenVLAConfig, VisionTower
-from trl_stare.policies.openvla.memory import MemoryEstimate, estimate_memory
+from trl_stare.policies.openvla.memory import estimate_memory
 from trl_stare.policies.openvla.modeling import OpenVLAForActionPrediction, OpenVLAOutput
 from trl_stare.policies.openvla.oft import OpenVLAOFTPolicy
 from trl_stare.policies.openvla.policy import OpenVLAPolicy
@@ -16,7 +16,6 @@ AutoImageProcessor.register(OpenVLAConfig, image_processor_classes={"pil": OpenV
 AutoProcessor.register(OpenVLAConfig, OpenVLAProcessor)
 
 __all__ = [
-    "MemoryEstimate",
     "OFTSettings",
     "OpenVLAConfig",
     "OpenVLAForActionPrediction",
