@@ -19,11 +19,11 @@ from trl_stare.evaluation.report import markdown_table
 from trl_stare.evaluation.statistics import Proportion, format_rate
 
 CURVES = {
-    "rollout/success_once": "rollout/env_steps",
-    "rewards/accuracies": "step",
-    "loss": "step",
+    ("rollout/success_once", "success in rollouts"): ("rollout/env_steps", "environment steps"),
+    ("rewards/accuracies", "pairs told apart"): ("step", "updates"),
+    ("loss", "loss"): ("step", "updates"),
 }
-"""What is drawn of a training's log, over what."""
+"""What is drawn of a training's log, over what: names in the log and on the page."""
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -32,13 +32,17 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; p
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+@media (max-width: 40rem) {
+  table { font-size: .75rem; }
+  th, td { padding: .3rem .25rem; white-space: normal; }
+}
 img.plot { width: 100%; height: auto; background: #fff; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .5rem; }
 .gallery figure { margin: 0; }
 .gallery img { width: 100%; display: block; }
 figcaption { font-size: .8rem; }
 """
-"""Tables scroll by themselves, so that the page never does sideways on a phone."""
+"""On a phone tables get narrow; where that is not enough they scroll by themselves, so that the page never does sideways."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def tables(evaluations: Sequence[Evaluation]) -> list[tuple[str, Sequence[str], 
 def plot_funnel(evaluations: Sequence[Evaluation], task: str) -> Figure:
     """Share of all episodes of `task` that passed each stage, with Wilson bars."""
     shown = [each for each in evaluations if each.metrics(task)]
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    figure = Figure(figsize=(5.5, 3.0), layout="constrained")
     panel, width = figure.subplots(), 0.84 / len(shown)
     stages = list(shown[0].metrics(task)["stages"])
     for index, each in enumerate(shown):
@@ -145,17 +149,17 @@ def plot_funnel(evaluations: Sequence[Evaluation], task: str) -> Figure:
 def plot_curves(evaluations: Sequence[Evaluation]) -> Figure | None:
     """One panel per logged quantity of `CURVES`, one line per training; `None` if nothing was logged."""
     lines = {
-        (y, x): [
+        (y_label, x_label): [
             (each.name, points)
             for each in evaluations
             if (points := [(row[x], row[y]) for row in each.history if x in row and y in row])
         ]
-        for y, x in CURVES.items()
+        for (y, y_label), (x, x_label) in CURVES.items()
     }
     lines = {axes: found for axes, found in lines.items() if found}
     if not lines:
         return None
-    figure = Figure(figsize=(7, 2.8 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(5.5, 2.6 * len(lines)), layout="constrained")
     for panel, ((y, x), found) in zip(figure.subplots(len(lines), 1, squeeze=False)[:, 0], lines.items(), strict=True):
         for name, points in found:
             panel.plot(*zip(*points, strict=True), label=name)
