@@ -13,16 +13,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from trl_stare.evaluation import Proportion
+
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which colour-blind readers tell apart (jfly.uni-koeln.de/color)."""
 
 
 class Point(NamedTuple):
-    """A PPO iteration.
+    """One PPO iteration, or several that follow each other.
 
     Attributes:
         env_steps (`int`): environment steps up to its end, those before the first iteration included.
-        solved (`int`): episodes of its rollout that succeeded. played (`int`): all that began at the beginning.
+        solved (`int`): episodes of its rollouts that succeeded. played (`int`): all that began at the beginning.
     """
 
     env_steps: int
@@ -50,19 +52,16 @@ def learning_curve(ledger: Path, first_stage: str, *, steps_before: int = 0) -> 
     return list(points.values())
 
 
-def moving_success(curve: Sequence[Point], window: int) -> list[tuple[int, float]]:
-    """Environment steps and success rate of the last `window` iterations, from the `window`-th iteration on.
+def moving_success(curve: Sequence[Point], window: int) -> list[Point]:
+    """The last `window` iterations together, from the `window`-th iteration on; where none was played there is no point.
 
     Whole iterations, not episodes: within one, solved episodes are shorter and end first.
 
-    Example: `[(50, 0, 2), (80, 1, 2), (100, 2, 2)]` over 2 iterations: `[(80, 0.25), (100, 0.75)]`.
+    Example: `[(50, 0, 2), (80, 1, 2), (100, 2, 2)]` over 2 iterations: `[(80, 1, 4), (100, 3, 4)]`.
     """
-    shown = []
-    for end in range(window, len(curve) + 1):
-        part = curve[end - window : end]
-        if played := sum(point.played for point in part):
-            shown.append((part[-1].env_steps, sum(point.solved for point in part) / played))
-    return shown
+    parts = [curve[end - window : end] for end in range(window, len(curve) + 1)]
+    sums = [Point(part[-1].env_steps, sum(p.solved for p in part), sum(p.played for p in part)) for part in parts]
+    return [point for point in sums if point.played]
 
 
 def steps_to_reach(curve: Sequence[Point], level: float, window: int) -> int | None:
@@ -70,7 +69,8 @@ def steps_to_reach(curve: Sequence[Point], level: float, window: int) -> int | N
 
     Example: 0.5 in the example of [`moving_success`]: 100.
     """
-    return next((steps for steps, rate in moving_success(curve, window) if rate >= level), None)
+    reached = (point for point in moving_success(curve, window) if point.solved >= level * point.played)
+    return next((point.env_steps for point in reached), None)
 
 
 def plot(path: Path, results: Mapping[str, Any]) -> None:
@@ -85,7 +85,7 @@ def plot(path: Path, results: Mapping[str, Any]) -> None:
         _plot_curves(left, name, arm, color)
     left.set(xlabel="environment steps", ylabel=f"success in the last {results['queue']['window']} rollouts, %")
     left.set_ylim(0, 100)
-    left.set_title("Learning: thin a training seed, thick their mean, points the evaluation", fontsize=9, loc="left")
+    left.set_title("Thin: a training seed; thick: all, 95 % interval; points: evaluation", fontsize=9, loc="left")
     if arms:
         left.legend(frameon=False, fontsize=9)
     _plot_losses(right, results)
@@ -97,14 +97,18 @@ def plot(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def _plot_curves(panel: Axes, name: str, arm: Mapping[str, Any], color: str) -> None:
-    curves = arm["curves"].values()
+    curves = [[Point(*point) for point in curve] for curve in arm["curves"].values()]
     for curve in curves:
-        panel.plot([steps for steps, _ in curve], [100 * rate for _, rate in curve], color=color, lw=0.7, alpha=0.5)
+        rates = [100 * point.solved / point.played for point in curve]
+        panel.plot([point.env_steps for point in curve], rates, color=color, lw=0.7, alpha=0.5)
     # by iteration: seeds differ in how many steps one takes
-    means = [[sum(values) / len(values) for values in zip(*points, strict=True)] for points in zip(*curves)]  # noqa: B905
-    panel.plot([steps for steps, _ in means], [100 * rate for _, rate in means], color=color, lw=2.2, label=name)
+    steps = [sum(point.env_steps for point in points) / len(points) for points in zip(*curves)]  # noqa: B905
+    shares = [Proportion(sum(p.solved for p in points), sum(p.played for p in points)) for points in zip(*curves)]  # noqa: B905
+    low, high = ([100 * end for end in ends] for ends in zip(*(share.wilson() for share in shares), strict=True))
+    panel.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
+    panel.plot(steps, [100 * share.rate for share in shares], color=color, lw=2.2, label=name)
     rate, (low, high) = arm["success_once"], arm["success_once_ci95"]
-    ends = [curve[-1][0] for curve in curves if curve]
+    ends = [curve[-1].env_steps for curve in curves if curve]
     if ends:
         panel.errorbar(
             [1.02 * sum(ends) / len(ends)], [100 * rate], yerr=[[100 * (rate - low)], [100 * (high - rate)]],

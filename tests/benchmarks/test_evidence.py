@@ -100,7 +100,11 @@ def test_a_learning_curve_by_hand(tmp_path):
     curve = learning_curve(file, "Reach", steps_before=100)
     # an episode begun later and a void one cost steps and are no success rate
     assert curve == [Point(180, 1, 2), Point(210, 1, 1), Point(215, 0, 0)]
-    assert moving_success(curve, 2) == [(210, 2 / 3), (215, 1.0)] and moving_success(curve, 1)[0] == (180, 0.5)
+    assert moving_success(curve, 1)[0] == (180, 1, 2)
+    assert [(point.env_steps, point.solved / point.played) for point in moving_success(curve, 2)] == [
+        (210, 2 / 3),
+        (215, 1.0),
+    ]
     assert [steps_to_reach(curve, level, 2) for level in (0.5, 0.8)] == [210, 215]
     assert steps_to_reach(curve[:2], 0.8, 2) is None and moving_success(curve, 4) == []
 
