@@ -1,4 +1,4 @@
-"""`sft.py` from a pi0 as LeRobot writes it: no simulator, the real class, two updates of an adapter."""
+"""`sft.py` from a pi0 (and, where LeRobot is, a SmolVLA) as LeRobot writes it: no simulator, real classes, two updates of an adapter."""
 
 import json
 import runpy
@@ -51,20 +51,27 @@ def lerobot(tmp_path) -> tuple[Path, dict, dict]:
     return tmp_path, sizes, policy.model.state_dict()
 
 
-def test_a_pi0_of_lerobot_is_trained_and_takes_the_statistics_of_the_demonstrations(lerobot, monkeypatch):
-    folder, sizes, before = lerobot
+def run_sft(folder: Path, monkeypatch, settings: dict, **flags: object) -> list[Trajectory]:
+    """`sft.py` on the checkpoint `folder / "theirs"`; the demonstrations."""
     shown = [demonstration(seed) for seed in range(3)]
     save_trajectories(shown, folder / "data", get_plan(TASK))
-    (folder / "pi0.yaml").write_text(yaml.safe_dump({"lerobot": sizes | {"chunk_size": 2, "num_inference_steps": 3}}))
+    (folder / "settings.yaml").write_text(yaml.safe_dump({"lerobot": settings}))
     flags = {
-        "config": folder / "pi0.yaml", "model": folder / "theirs", "tokenizer": folder / "tokenizer",
+        "config": folder / "settings.yaml", "model": folder / "theirs", "tokenizer": folder / "tokenizer",
         "demonstrations": folder / "data", "output_dir": folder / "sft", "max_steps": 2, "learning_rate": 1e-3,
         "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "lora_r": 4, "lora_dropout": 0,
-        "lora_target_modules": r"model\.dit\..*_proj", "save_strategy": "no",
-    }  # fmt: skip
+        "save_strategy": "no",
+    } | flags  # fmt: skip
     argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["sft.py", "--use_peft", *argv])
     runpy.run_path(str(RECIPES / "sft.py"), run_name="__main__")
+    return shown
+
+
+def test_a_pi0_of_lerobot_is_trained_and_takes_the_statistics_of_the_demonstrations(lerobot, monkeypatch):
+    folder, sizes, before = lerobot
+    settings = sizes | {"chunk_size": 2, "num_inference_steps": 3}
+    shown = run_sft(folder, monkeypatch, settings, lora_target_modules=r"model\.dit\..*_proj")
 
     policy = FlowPolicy.from_pretrained(folder / "sft")
     assert policy.chunk_size == 2 and policy.model.config.num_inference_steps == 3
@@ -74,3 +81,22 @@ def test_a_pi0_of_lerobot_is_trained_and_takes_the_statistics_of_the_demonstrati
     after = policy.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("model.dit.") and "_proj" in name for name in changed)
+
+
+def test_a_smolvla_of_lerobot_is_trained(tmp_path, monkeypatch):
+    pytest.importorskip("lerobot", reason="needs LeRobot, in an environment of its own: docs/flow.md")
+    sys.path.append(str(RECIPES.parent / "tests" / "policies"))
+    from lerobot_toy import make_tokenizer, write_lerobot
+
+    write_lerobot("smolvla", tmp_path / "theirs")
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    adapted = r".*lm_expert.*\.q_proj"
+    run_sft(tmp_path, monkeypatch, {"chunk_size": 2, "num_inference_steps": 3}, lora_target_modules=adapted)
+    policy = FlowPolicy.from_pretrained(tmp_path / "sft")
+    assert policy.chunk_size == 2 and policy.state_statistics.action_dim == 8
+    before = load_file(tmp_path / "theirs" / "model.safetensors")
+    after = load_file(tmp_path / "sft" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert (
+        before.keys() == after.keys() and changed and all("lm_expert" in name and "q_proj" in name for name in changed)
+    )
