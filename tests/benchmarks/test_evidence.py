@@ -16,7 +16,7 @@ from benchmarks.evidence.curves import Point, learning_curve, moving_success, pl
 from benchmarks.evidence.queue import Queue, read_queue  # noqa: E402
 from benchmarks.evidence.results import build_results, markdown  # noqa: E402
 from benchmarks.evidence.runs import Step, run_step, steps_of  # noqa: E402
-from trl_stare import TokenPolicy, get_plan  # noqa: E402
+from trl_stare import get_plan  # noqa: E402
 from trl_stare.evaluation import EpisodeResult  # noqa: E402
 from trl_stare.stages import Segment  # noqa: E402
 
@@ -213,13 +213,14 @@ def test_what_a_killed_queue_left_running_is_waited_for(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_smoke_queue_from_beginning_to_end(tmp_path):
-    import torch
-
-    torch.manual_seed(0)
-    stats = {"action": {"scale": [0.7] * 3 + [1.0] * 4}, "state": {"mean": [0.0] * 8, "std": [1.0] * 8}}
-    TokenPolicy.create_tiny({"StackCube-v1": stats}).save_pretrained(tmp_path / "start")
+    # a policy that reaches the cube now and then: without that there are no pairs
+    flags = {"phases": "imitation", "num_demonstrations": 16, "imitation.max_steps": 150, "eval_episodes": 4}
+    flags |= {"config": "recipes/configs/ipi_starts.yaml", "output_dir": tmp_path / "made"}
+    imitate = [sys.executable, "recipes/ipi.py", *(f"--{name}={value}" for name, value in flags.items())]
+    made = subprocess.run(imitate, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:]
     line = [sys.executable, "-m", "benchmarks.evidence", "--config", str(SMOKE), "--output_dir", str(tmp_path / "out")]
-    line += ["--checkpoint", f"start={tmp_path / 'start'}"]
+    line += ["--checkpoint", f"start={tmp_path / 'made' / 'imitation'}"]
     before = None
     for _ in range(2):  # the second time everything is there
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
