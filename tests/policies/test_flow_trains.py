@@ -28,7 +28,10 @@ def make_toy_flow(**config):
 
 
 def test_imitation(tmp_path):
-    policy = make_flow(spread=1.0, chunk_size=3)
+    assert_imitation_helps(make_flow(spread=1.0, chunk_size=3), tmp_path)
+
+
+def assert_imitation_helps(policy, tmp_path):
     trainer = make_sft_trainer(tmp_path, policy, max_steps=20, learning_rate=3e-3, seed=0)
     batch = trainer.data_collator(list(trainer.train_dataset))
     inputs = {name: value for name, value in batch.items() if name not in ("trace", "mask", "weight")}

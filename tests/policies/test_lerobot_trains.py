@@ -13,8 +13,7 @@ from peft import LoraConfig  # noqa: E402
 from ppo_toy import make_trainer as make_ppo_trainer  # noqa: E402
 from stage_dpo_toy import ACTION_DIM, CHUNK, STATE  # noqa: E402
 from stage_dpo_toy import make_trainer as make_dpo_trainer  # noqa: E402
-from test_flow_trains import flow_pairs, logged  # noqa: E402
-from test_stage_sft import make_trainer as make_sft_trainer  # noqa: E402
+from test_flow_trains import assert_imitation_helps, flow_pairs, logged  # noqa: E402
 
 from trl_stare.policies import load_lerobot_policy  # noqa: E402
 
@@ -33,14 +32,7 @@ def load(folder, action_dim, state_size, chunk_size):
 
 
 def test_imitation(folder, tmp_path):
-    policy = load(folder, 7, 8, 3)
-    trainer = make_sft_trainer(tmp_path, policy, max_steps=20, learning_rate=3e-3, seed=0)
-    batch = trainer.data_collator(list(trainer.train_dataset))
-    inputs = {name: value for name, value in batch.items() if name not in ("trace", "mask", "weight")}
-    before = policy.score(inputs, batch["trace"]).mean().item()
-    trainer.train()
-    after = policy.score(inputs, batch["trace"]).mean().item()
-    assert after > before + 0.25, (before, after)
+    assert_imitation_helps(load(folder, 7, 8, 3), tmp_path)
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -42,10 +42,7 @@ class FlowProcessor(ProcessorMixin):
         Raises:
             ValueError: images of another shape or dtype, or an instruction that is too long.
         """
-        if images.ndim != 5 or images.shape[-1] != 3 or images.dtype != torch.uint8 or len(images) != len(text):
-            raise ValueError(
-                f"`images` must be `[{len(text)}, cameras, H, W, 3]` uint8, got {images.dtype} {[*images.shape]}."
-            )
+        check_images(images, len(text))
         prompts = [self._prompt_ids(instruction, images.shape[1]) for instruction in text]
         ids = torch.full((len(prompts), max(map(len, prompts))), self.tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(ids)
@@ -71,3 +68,13 @@ class FlowProcessor(ProcessorMixin):
             padded = ImageOps.pad(Image.fromarray(image.numpy()), size, method=Image.Resampling.BILINEAR)
             image = torch.from_numpy(np.array(padded))
         return image.permute(2, 0, 1)
+
+
+def check_images(images: Tensor, n: int) -> None:
+    """Raise unless `images` are `[n, cameras, H, W, 3]` uint8.
+
+    Raises:
+        ValueError: images of another shape or dtype.
+    """
+    if images.ndim != 5 or images.shape[-1] != 3 or images.dtype != torch.uint8 or len(images) != n:
+        raise ValueError(f"`images` must be `[{n}, cameras, H, W, 3]` uint8, got {images.dtype} {[*images.shape]}.")

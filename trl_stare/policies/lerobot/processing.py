@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import ProcessorMixin
+
+from trl_stare.policies.flow.processing import check_images
 
 
 class LeRobotFlowProcessor(ProcessorMixin):
@@ -28,10 +29,7 @@ class LeRobotFlowProcessor(ProcessorMixin):
         Raises:
             ValueError: images of another shape or dtype, or a prompt that is too long.
         """
-        if images.ndim != 5 or images.shape[-1] != 3 or images.dtype != torch.uint8 or len(images) != len(text):
-            raise ValueError(
-                f"`images` must be `[{len(text)}, cameras, H, W, 3]` uint8, got {images.dtype} {[*images.shape]}."
-            )
+        check_images(images, len(text))
         tokens = self.tokenizer(list(text), padding=True, padding_side="right", return_tensors="pt")
         longest = tokens["attention_mask"].sum(1).max().item()
         if longest > self.max_text_tokens:
