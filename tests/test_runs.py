@@ -50,9 +50,14 @@ def test_numbers_that_yaml_takes_for_texts(value, expected):
 
 def test_flags_set_entries_of_sections():
     settings = Settings(training={"max_steps": 3, "seed": 1})
-    flags = ["--training.max_steps", "5", "--training.bf16", "true", "--training.names", "[q, v]"]
+    flags = ["--training.max_steps", "5", "--training.bf16", "true", "--training.names=[q, v]", "--training.note=a=b"]
     assert set_entries(settings, flags) is settings
-    assert settings.training == {"max_steps": 5, "seed": 1, "bf16": True, "names": ["q", "v"]}
+    assert settings.training == {"max_steps": 5, "seed": 1, "bf16": True, "names": ["q", "v"], "note": "a=b"}
+
+
+def test_a_flag_without_a_value_is_refused():
+    with pytest.raises(ValueError, match="every flag must have a value, got '--training.max_steps'"):
+        set_entries(Settings(), ["--training.max_steps"])
 
 
 @pytest.mark.parametrize("flag", ["--train.seed", "--training", "--task.name", "--training."])

@@ -70,21 +70,24 @@ def as_number(value: Any) -> Any:
 
 
 def set_entries(settings: Settings, flags: Sequence[str]) -> Settings:
-    """Set entries of the fields that are dictionaries by flags `--field.entry value`, and return `settings`.
+    """Set entries of the fields that are dictionaries by flags `--field.entry value` or `--field.entry=value`, and return `settings`.
 
     Args:
         settings (dataclass instance): as [`~trl.TrlParser`] made it.
         flags (`Sequence[str]`): what that parser did not know (`return_remaining_strings=True`).
 
     Raises:
-        ValueError: a flag that names no entry of such a field.
+        ValueError: a flag that names no entry of such a field, or has no value.
 
     Example: `["--interaction.learning_rate", "3e-4"]` sets `settings.interaction["learning_rate"]`.
     """
     sections = {
         field.name: getattr(settings, field.name) for field in fields(settings) if field.default_factory is dict
     }
-    for flag, value in zip(flags[::2], flags[1::2], strict=len(flags) % 2 == 0):
+    parts = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+    if len(parts) % 2:
+        raise ValueError(f"every flag must have a value, got {' '.join(flags)!r}.")
+    for flag, value in zip(parts[::2], parts[1::2], strict=True):
         section, _, name = flag.removeprefix("--").partition(".")
         if section not in sections or not name:
             raise ValueError(
