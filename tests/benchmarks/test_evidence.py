@@ -215,8 +215,9 @@ def test_what_a_killed_queue_left_running_is_waited_for(tmp_path):
 def test_the_smoke_queue_from_beginning_to_end(tmp_path):
     # a policy that reaches the cube now and then: without that there are no pairs
     flags = {"phases": "imitation", "num_demonstrations": 16, "imitation.max_steps": 150, "eval_episodes": 4}
-    flags |= {"config": "recipes/configs/ipi_starts.yaml", "output_dir": tmp_path / "made"}
-    imitate = [sys.executable, "recipes/ipi.py", *(f"--{name}={value}" for name, value in flags.items())]
+    flags |= {"output_dir": tmp_path / "made"}
+    config = ["--config", "recipes/configs/ipi_starts.yaml"]
+    imitate = [sys.executable, "recipes/ipi.py", *config, *(f"--{name}={value}" for name, value in flags.items())]
     made = subprocess.run(imitate, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-3000:]
     line = [sys.executable, "-m", "benchmarks.evidence", "--config", str(SMOKE), "--output_dir", str(tmp_path / "out")]
