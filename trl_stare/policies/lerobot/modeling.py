@@ -14,8 +14,9 @@ from trl_stare.policies.lerobot.configuration import LeRobotFlowConfig
 
 _INSTALL = (
     "Its pins (LeRobot 0.6.1: Python >= 3.12, torch < 2.12, transformers < 5.6, datasets < 5, torchvision) exclude the ones of this "
-    "package's requirements.lock. Set up an environment of their own: `python3.12 -m venv lerobot-env && lerobot-env/bin/pip install "
-    "'lerobot[smolvla,pi,dataset]==0.6.1' 'trl==1.16.0' mani_skill peft`, then `pip install --no-deps -e .` of this package: docs/flow.md."
+    "package's requirements.lock. It has an environment of its own: `make test-lerobot`, or `python3.12 -m venv lerobot-env && "
+    "lerobot-env/bin/pip install 'lerobot[smolvla,pi,dataset]==0.6.1' 'trl==1.16.0' mani_skill peft`, then `pip install --no-deps -e .` "
+    "of this package. See docs/flow.md."
 )
 
 
