@@ -1,6 +1,6 @@
 """SmolVLA and pi0.5: the conformance of every policy, and the same numbers as LeRobot's own code.
 
-Runs where LeRobot is (docs/flow.md): `lerobot-env/bin/python -m pytest tests/policies/test_lerobot.py`.
+Runs where LeRobot is (docs/flow.md): `make test-lerobot`.
 """
 
 import json
@@ -146,3 +146,17 @@ def test_types_without_an_adapter_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"type": "act"}))
     with pytest.raises(ValueError, match="pi0.*pi05.*smolvla.*got type 'act'"):
         load(tmp_path)
+
+
+def test_the_trainers_bf16(policy):
+    """Close to float32, and differentiable."""
+    obs = observe()
+    inputs = policy.prepare(obs)
+    trace = policy.encode(torch.zeros(3, 4, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        score = policy.score(inputs, trace)
+    score.sum().backward()
+    reached = [p for p in policy.model.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    policy.model.zero_grad()
+    assert reached
+    torch.testing.assert_close(score.float(), policy.score(inputs, trace), rtol=0.05, atol=0.0)
