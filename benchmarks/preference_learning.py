@@ -3,7 +3,8 @@
     python benchmarks/preference_learning.py --checkpoint outputs/ipi/imitation --output_dir outputs/preference_learning
 
 Plays several episodes from each start, compares them by stage (StA-TPO) and whole (TPO), trains a copy of the checkpoint on
-equally many pairs for equally many steps by each objective, and evaluates all three on the same held-out seeds.
+equally many pairs (or all that the rollouts give: `--equal_pairs false`) for equally many steps by each objective, and evaluates
+all three on the same held-out seeds.
 `results.json` holds success with Wilson 95 % intervals, stage by stage, and for each objective exact McNemar tests against
 the checkpoint, and of StA-TPO against TPO. The same command continues where it was interrupted.
 
@@ -38,6 +39,8 @@ from trl_stare.runs import claim_folder
 
 logger = logging.getLogger("preference_learning")
 
+BASE = "base"
+"""The checkpoint as it is, among the arms."""
 OBJECTIVES = ("sta-tpo", "tpo-mean")
 OPTIONS = (
     *("max_steps", "per_device_train_batch_size", "learning_rate", "step_micro_batch_size", "logging_steps"),
@@ -58,10 +61,25 @@ class Arguments:
     episodes_per_seed: int = field(default=6, metadata={"help": "Episodes from each."})
     max_pairs_per_start: int = field(default=4, metadata={"help": "Most pairs of one stage from one initial state."})
     min_cost_gap: float = field(default=0.02, metadata={"help": "Smallest difference of costs that counts."})
+    arms: list[str] = field(
+        default_factory=lambda: [BASE, *OBJECTIVES], metadata={"help": f"What is evaluated, of {BASE}, {OBJECTIVES}."}
+    )
+    rollouts: str | None = field(
+        default=None, metadata={"help": "Folder of the rollouts, for runs that share them; default: in `output_dir`."}
+    )
+    equal_pairs: bool = field(
+        default=True,
+        metadata={"help": "Train both on equally many pairs; if not, each on all that it finds in the rollouts."},
+    )
     eval_episodes: int = field(default=300, metadata={"help": "Held-out episodes, seeds 0 on."})
     first_seed: int = field(default=200_000, metadata={"help": "Seed of the first initial state."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of rollouts and evaluation."})
     num_envs: int = field(default=16, metadata={"help": "Environments, over all worker processes."})
+
+    def __post_init__(self):
+        known = (BASE, *OBJECTIVES)
+        if not self.arms or not set(self.arms) <= set(known):
+            raise ValueError(f"`arms` must be some of {known}, got {self.arms}.")
 
 
 def main(args: Arguments, config: StageDPOConfig) -> None:
@@ -72,13 +90,16 @@ def main(args: Arguments, config: StageDPOConfig) -> None:
     out, plan = claim_folder(config.output_dir, given, free=()), get_plan(args.task)
     policy = TokenPolicy.from_pretrained(args.checkpoint)
     with closing(make_env(args.task, args.num_envs, chunk_size=policy.chunk_size)) as env:
-        rollouts = collect(args, out / "rollouts", env, policy, plan)
+        rollouts = collect(args, config.seed, Path(args.rollouts or out / "rollouts"), env, policy, plan)
         play = partial(evaluated, args, config, out, env, plan)
         results = {"settings": given, "versions": package_versions(), "metadata": env.metadata, "arms": {}}
         results["rollouts"] = {"episodes": len(rollouts), "success_once": sum(r.success_once for r in rollouts)}
-        results["arms"]["base"] = play("base", policy)
-        pairs = equal_pairs(args, config, rollouts, plan)
+        if BASE in args.arms:
+            results["arms"][BASE] = play(BASE, policy)
+        pairs = find_pairs(args, config, rollouts, plan)
         for objective, (chosen, table) in pairs.items():
+            if objective not in args.arms:
+                continue
             checkpoint = out / objective / "policy"
             if not checkpoint.exists():
                 train(args, config, objective, out / objective, rollouts, chosen)
@@ -88,12 +109,12 @@ def main(args: Arguments, config: StageDPOConfig) -> None:
                 "training": json.loads((out / objective / "log.json").read_text()),
             }
             results["arms"][objective] = play(objective, TokenPolicy.from_pretrained(checkpoint)) | arm
-    results["mcnemar"] = compare(out)
+    results["mcnemar"] = compare(out, args.arms)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     logger.info("%s", summary(results))
 
 
-def collect(args: Arguments, folder: Path, env: Any, policy: TokenPolicy, plan: Any) -> TrajectoryFolder:
+def collect(args: Arguments, seed: int, folder: Path, env: Any, policy: TokenPolicy, plan: Any) -> TrajectoryFolder:
     """Rollouts of the checkpoint, checked, on disk and without their images in memory."""
     count = args.starts * args.episodes_per_seed
     with tqdm(total=count, desc="rollouts", unit="episode") as bar:
@@ -105,6 +126,7 @@ def collect(args: Arguments, folder: Path, env: Any, policy: TokenPolicy, plan: 
             episodes=count,
             episodes_per_seed=args.episodes_per_seed,
             first_seed=args.first_seed,
+            seed=seed,
             name=args.checkpoint,
             settings={"temperature": args.temperature},
             on_open=lambda done: bar.update(min(done, count)),
@@ -116,8 +138,8 @@ def collect(args: Arguments, folder: Path, env: Any, policy: TokenPolicy, plan: 
     return rollouts
 
 
-def equal_pairs(args: Arguments, config: StageDPOConfig, rollouts: TrajectoryFolder, plan: Any) -> dict[str, PairSet]:
-    """Objective -> pairs and yield; of the objective with more of them a random choice, so that both have equally many."""
+def find_pairs(args: Arguments, config: StageDPOConfig, rollouts: TrajectoryFolder, plan: Any) -> dict[str, PairSet]:
+    """Objective -> pairs and yield; with `equal_pairs`, of the objective with more of them a random choice as large as the other's."""
     slim = TrajectoryFolder(rollouts.folder, images=False)
     made = {
         objective: build_pairs(
@@ -133,6 +155,8 @@ def equal_pairs(args: Arguments, config: StageDPOConfig, rollouts: TrajectoryFol
     budget, chooser = min(len(found.pairs) for found in made.values()), random.Random(config.seed)
     if budget == 0:
         raise SystemExit("preference_learning: an objective has no pairs. Play more starts or more episodes per seed.")
+    if not args.equal_pairs:
+        return made
     return {
         objective: PairSet(
             tuple(found.pairs[i] for i in sorted(chooser.sample(range(len(found.pairs)), budget))), found.yield_table
@@ -179,10 +203,12 @@ def evaluated(
     return json.loads(file.read_text())
 
 
-def compare(out: Path) -> dict[str, dict[str, float]]:
+def compare(out: Path, arms: list[str]) -> dict[str, dict[str, float]]:
     """Exact McNemar tests, `success_once` on the same seeds; `gain` in percentage points."""
     tests = {}
-    for before, after in (("base", "sta-tpo"), ("base", "tpo-mean"), ("tpo-mean", "sta-tpo")):
+    for before, after in ((BASE, "sta-tpo"), (BASE, "tpo-mean"), ("tpo-mean", "sta-tpo")):
+        if before not in arms or after not in arms:
+            continue
         a, b = paired(*(read_episodes(out / f"{name}.jsonl") for name in (before, after)))
         gain = 100 * (sum(b) - sum(a)) / len(a)
         tests[f"{after} against {before}"] = mcnemar_exact(a, b)._asdict() | {"gain": gain}

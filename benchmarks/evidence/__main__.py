@@ -1,7 +1,7 @@
 """Arms of a file, one after the other, unattended; a table and learning curves at the end.
 
-    python -m benchmarks.evidence --config recipes/configs/evidence/ppo_stackcube.yaml \
-        --output_dir outputs/evidence/ppo_stackcube --checkpoint weak=outputs/weak/imitation
+    python -m benchmarks.evidence --config recipes/configs/evidence/ppo.yaml --task StackCube-v1 \
+        --output_dir outputs/evidence/ppo_stackcube --checkpoint start=outputs/weak/imitation
 
 From the repository's root. Killed at any moment, the same command continues: finished runs are skipped, an unfinished one goes on
 from its checkpoint. `results.json`, `results.md` and `results.png` are written anew after every run, of what is there so far.
@@ -59,10 +59,11 @@ def parse() -> tuple[Queue, dict[str, Path], Path]:
     """The command line, refused before anything runs if a checkpoint is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="File of arms.")
+    parser.add_argument("--task", help="Another registered task than the file's.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where everything goes.")
     parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=PATH", help="A start of the file.")
     args = parser.parse_args()
-    queue = read_queue(args.config)
+    queue = read_queue(args.config, args.task)
     given = dict(text.split("=", 1) for text in args.checkpoint if "=" in text)
     checkpoints = {name: Path(path).resolve() for name, path in given.items()}
     for name in sorted({arm.start for arm in queue.arms}):

@@ -100,16 +100,16 @@ class Queue:
         return [(seed, arm) for seed in seeds for arm in self.arms if seed in arm.seeds]
 
 
-def read_queue(path: Path) -> Queue:
+def read_queue(path: Path, task: str | None = None) -> Queue:
     """A file of arms. Its `start`, `seeds`, `preference` and `ppo` hold for every arm that has no other; an arm's own
-    `preference` and `ppo` are laid over them, setting by setting.
+    `preference` and `ppo` are laid over them, setting by setting. `task` stands above the file's.
 
     Raises:
         ValueError: for what [`Queue`] and [`Arm`] refuse, and for unknown names; says which.
 
     Example: `{task: StackCube-v1, start: weak, seeds: [0, 1], ppo: {preset: small-cpu}, arms: {ppo: {method: ppo}}}`.
     """
-    given = yaml.safe_load(path.read_text())
+    given = yaml.safe_load(path.read_text()) | ({} if task is None else {"task": task})
     shared = {name: given.pop(name) for name in ("start", "seeds", "preference", "ppo") if name in given}
     arms = tuple(_arm(name, settings or {}, shared) for name, settings in given.pop("arms").items())
     _refuse_unknown(path, given, [part.name for part in fields(Queue)])

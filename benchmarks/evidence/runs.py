@@ -24,6 +24,8 @@ from trl_stare.runs import claim_folder
 logger = logging.getLogger("evidence")
 
 ROOT = Path(__file__).parents[2]
+COLLECTING = ("checkpoint", "task", "starts", "episodes_per_seed", "first_seed", "temperature", "num_envs")
+"""Flags of `benchmarks/preference_learning.py` that its rollouts depend on, beside the seed."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,15 @@ class Step:
         """Environment steps that the step took to learn, its evaluation not counted."""
         if self.ledger is not None:
             return sum(json.loads(line)["length"] for line in self.ledger.read_text().splitlines())
-        rollouts = TrajectoryFolder(self.folder / "training" / "rollouts", images=False)
+        rollouts = TrajectoryFolder(self.flags["rollouts"], images=False)
         return sum(rollout.num_steps for rollout in rollouts)
 
 
 def steps_of(queue: Queue, arm: Arm, seed: int, start: Path, out: Path) -> list[Step]:
     """What is done to the checkpoint `start` in one run, in order; nothing for `sft`.
 
-    Preference learning trains both objectives in one step, on the same rollouts and equally many pairs: arms that share its
-    settings share the step's folder, and the second finds it done.
+    Arms share what they have in common: the rollouts of preference learning, and a preference step that is the same, which the
+    second arm finds done.
     """
     steps, model = [], start
     for name in METHODS[arm.method]:
@@ -77,17 +79,22 @@ def steps_of(queue: Queue, arm: Arm, seed: int, start: Path, out: Path) -> list[
 
 def _preference_step(queue: Queue, arm: Arm, seed: int, model: Path, out: Path, objective: str) -> Step:
     flags = {"checkpoint": model, "seed": seed, **_common(queue), **arm.preference}
-    digest = hashlib.sha256(json.dumps(flags, default=str, sort_keys=True).encode()).hexdigest()[:8]
-    folder = out / "runs" / f"preference-{arm.start}-{digest}" / f"seed-{seed}"
+    played = _digest({name: flags.get(name) for name in COLLECTING})
+    rollouts = out / "runs" / f"rollouts-{arm.start}-{played}" / f"seed-{seed}"
+    folder = out / "runs" / f"{objective}-{arm.start}-{_digest(flags)}" / f"seed-{seed}"
     made = folder / "training"
     return Step(
         folder,
         "benchmarks/preference_learning.py",
-        flags,
+        flags | {"arms": objective, "rollouts": rollouts},
         policy=made / objective / "policy",
         episodes=made / f"{objective}.jsonl",
         done=made / "results.json",
     )
+
+
+def _digest(flags: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(flags, default=str, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _ppo_step(queue: Queue, arm: Arm, seed: int, model: Path, out: Path, name: str) -> Step:

@@ -48,6 +48,7 @@ arms:
     assert (ppo.method, ppo.start, ppo.seeds) == ("ppo", "weak", (0, 1))
     assert literal.ppo == {"preset": "small-cpu", "num_train_epochs": 16, "potential_form": "literal"}
     assert [(seed, arm.name) for seed, arm in queue.runs] == [(0, "ppo"), (0, "literal"), (1, "ppo"), (1, "literal")]
+    assert queue.task == "StackCube-v1" and read_queue(tmp_path / "queue.yaml", "PushCube-v1").task == "PushCube-v1"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,10 @@ def test_what_each_method_runs(tmp_path):
     steps = {arm.name: steps_of(queue, arm, 0, Path("/start"), tmp_path) for arm in queue.arms}
     assert steps["sft"] == []
     (tpo,), (sta_tpo,), (ppo,), (sta_ppo,) = (steps[name] for name in ("tpo", "sta-tpo", "ppo", "sta-ppo"))
-    assert tpo.folder == sta_tpo.folder and tpo.policy != sta_tpo.policy  # one step trains both, on equally many pairs
+    assert tpo.flags["rollouts"] == sta_tpo.flags["rollouts"]  # both learn from the same episodes
+    assert {name for name in tpo.flags if tpo.flags[name] != sta_tpo.flags[name]} == {
+        "arms"
+    } and tpo.folder != sta_tpo.folder
     assert (ppo.flags["stage_aware"], sta_ppo.flags["stage_aware"]) == (False, True)
     assert {name for name in ppo.flags if ppo.flags[name] != sta_ppo.flags[name]} == {"stage_aware"}
     assert steps["ipi"][0] == sta_tpo and steps["ipi"][1].flags["model"] == sta_tpo.policy
@@ -213,8 +217,13 @@ def test_what_a_killed_queue_left_running_is_waited_for(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_smoke_queue_from_beginning_to_end(tmp_path):
-    # a policy that reaches the cube now and then: without that there are no pairs
-    flags = {"phases": "imitation", "num_demonstrations": 16, "imitation.max_steps": 150, "eval_episodes": 4}
+    flags = {
+        "task": read_queue(SMOKE).task,
+        "phases": "imitation",
+        "num_demonstrations": 16,
+        "imitation.max_steps": 150,
+        "eval_episodes": 4,
+    }
     flags |= {"output_dir": tmp_path / "made"}
     config = ["--config", "recipes/configs/ipi_starts.yaml"]
     imitate = [sys.executable, "recipes/ipi.py", *config, *(f"--{name}={value}" for name, value in flags.items())]

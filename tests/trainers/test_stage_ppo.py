@@ -26,14 +26,29 @@ def test_rewards_of_chunks_by_hand():
     assert rewards.raw.tolist() == [0.5, 0.5] and rewards.discount.tolist() == [0.125, 0.25]
 
 
-@pytest.mark.parametrize("terminated", [True, False])
-def test_shaping_of_decisions_telescopes(terminated):
+@pytest.mark.parametrize(
+    "terminated, final_potential, bootstrap, stays",
+    [
+        (True, "zero", True, False),
+        (False, "zero", True, True),  # the value of what follows is bootstrapped: no end
+        (True, "zero", False, False),
+        (False, "zero", False, False),  # an end as any other: a failure must not keep what a success loses
+        (True, "kept", True, True),
+        (False, "kept", True, True),
+        (True, "kept", False, True),
+        (False, "kept", False, True),
+    ],
+)
+def test_shaping_of_decisions_telescopes(terminated, final_potential, bootstrap, stays):
     trajectory = make_trajectory([0.0] * 4 + [1.0], [0, 3], terminated=terminated)
-    rewards = decision_rewards(trajectory, PLAN, gamma=0.9, weight=1.0, form="staged")
+    rewards = decision_rewards(
+        trajectory, PLAN, gamma=0.9, weight=1.0, form="staged",
+        final_potential=final_potential, bootstrap_on_truncation=bootstrap,
+    )  # fmt: skip
     shaping = rewards.shaped - rewards.raw
     total = shaping[0] + rewards.discount[0] * shaping[1]
     potential = PLAN.potential(trajectory.signals)
-    expected = (0.0 if terminated else 0.9**5 * potential[-1]) - potential[0]
+    expected = (0.9**5 * potential[-1] if stays else 0.0) - potential[0]
     assert total.item() == pytest.approx(float(expected), abs=1e-6)
 
 

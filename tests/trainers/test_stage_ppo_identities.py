@@ -18,8 +18,9 @@ from trl_stare.trainers.ppo_terms import ppo_terms
 STEPS, ENVS, TOKENS = 20, 3, 7
 
 
-def test_with_values_less_the_potential_shaping_changes_no_advantage():
-    """`V' = V - Phi` and w = 1: equal TD errors over chunks of unequal length, terminations and truncations."""
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_with_values_less_the_potential_shaping_changes_no_advantage(bootstrap):
+    """`V' = V - Phi` and w = 1: equal TD errors over chunks of unequal length, terminations, and time limits of either kind."""
     generator = torch.Generator().manual_seed(0)
     lengths, starts = (7, 5, 9), ([0, 3, 6], [0, 3], [0, 3, 6])
     ends = (True, False, False)
@@ -33,9 +34,10 @@ def test_with_values_less_the_potential_shaping_changes_no_advantage():
     there = torch.stack([phi[-1] for phi in potentials])
     advantages = {}
     for weight, v, v_final in ((0.0, values, final), (1.0, values - here, final - there)):
-        rewards = [decision_rewards(t, PLAN, gamma=0.9, weight=weight, form="staged") for t in trajectories]
+        options = {"gamma": 0.9, "weight": weight, "form": "staged", "bootstrap_on_truncation": bootstrap}
+        rewards = [decision_rewards(t, PLAN, **options) for t in trajectories]
         advantages[weight], _ = advantages_and_returns(
-            trajectories, rewards, v, v_final, gae_lambda=0.8, bootstrap_on_truncation=True
+            trajectories, rewards, v, v_final, gae_lambda=0.8, bootstrap_on_truncation=bootstrap
         )
     torch.testing.assert_close(advantages[1.0], advantages[0.0], atol=1e-6, rtol=1e-5)
 

@@ -33,12 +33,21 @@ class DecisionRewards(NamedTuple):
 
 
 def decision_rewards(
-    trajectory: Trajectory, plan: StagePlan, *, gamma: float, weight: float, form: str, reward: str = "success"
+    trajectory: Trajectory,
+    plan: StagePlan,
+    *,
+    gamma: float,
+    weight: float,
+    form: str,
+    reward: str = "success",
+    final_potential: str = "zero",
+    bootstrap_on_truncation: bool = True,
 ) -> DecisionRewards:
     """Rewards of the decisions of one trajectory; `weight` 0 shapes nothing, `reward` is one of [`REWARDS`].
 
     A decision of `n` environment steps has discount `gamma^n` and reward `sum_i gamma^i r_i` (options, Sutton et al. 1999);
-    the potential is taken where the policy looks: before the decision and after its last step.
+    the potential is taken where the policy looks: before the decision and after its last step. After the episode's end it is 0,
+    unless `final_potential` is `"kept"`. A time limit is an end where it is not bootstrapped.
     """
     bounds = trajectory.bounds
     steps = bounds.diff()
@@ -49,9 +58,11 @@ def decision_rewards(
     if not weight:
         return DecisionRewards(raw, raw, discount)
     potential = plan.potential({name: value[bounds] for name, value in trajectory.signals.items()}, form)
-    terminated = torch.zeros(len(steps), dtype=torch.bool)
-    terminated[-1] = trajectory.terminated
-    shaped = shaped_reward(raw, potential[:-1], potential[1:], gamma=discount, weight=weight, terminated=terminated)
+    nothing_follows = torch.zeros(len(steps), dtype=torch.bool)
+    nothing_follows[-1] = final_potential == "zero" and (trajectory.terminated or not bootstrap_on_truncation)
+    shaped = shaped_reward(
+        raw, potential[:-1], potential[1:], gamma=discount, weight=weight, terminated=nothing_follows
+    )
     return DecisionRewards(raw, shaped, discount)
 
 

@@ -43,6 +43,8 @@ def make_batch(trainer: StagePPOTrainer, trajectories: Sequence[Trajectory]) -> 
             weight=args.shaping_weight if args.stage_aware else 0.0,
             form=args.potential_form,
             reward=args.reward,
+            final_potential=args.final_potential,
+            bootstrap_on_truncation=args.bootstrap_on_truncation,
         )
         for trajectory in trajectories
     ]

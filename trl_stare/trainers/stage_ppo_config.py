@@ -17,6 +17,7 @@ from trl_stare.trainers.rewards import REWARDS
 
 CRITICS = ("privileged", "hidden", "shared")
 ADVANTAGE_NORMS = ("rollout", "stage")
+FINAL_POTENTIALS = ("zero", "kept")
 
 _POSITIVE = (
     "episodes_per_iteration",
@@ -46,6 +47,7 @@ _CHOICES = {
     "potential_form": POTENTIAL_FORMS,
     "reward": REWARDS,
     "advantage_norm": ADVANTAGE_NORMS,
+    "final_potential": FINAL_POTENTIALS,
 }
 
 
@@ -105,6 +107,10 @@ class StagePPOConfig(_BaseConfig):
             Shape the reward by stages. `False` is plain PPO, nothing else changed.
         shaping_weight (`float`, defaults to `0.5`), potential_form (`str`, defaults to `"staged"`):
             Weight and form of the shaping, see [`StagePlan.potential`].
+        final_potential (`str`, defaults to `"zero"`):
+            The potential after the end of an episode. `"zero"` changes no optimal policy and, with an exact critic, not even an
+            update. `"kept"` pays each episode for the stage it ended in, `shaping_weight` for a solved one: progress counts also
+            where success is too rare to learn from. A time limit that is bootstrapped is no end: there the potential always stays.
         reset_share (`float`, defaults to `0.0`):
             Share of training episodes that begin where an earlier one entered the stage that fails most, see [`StageCurriculum`].
             The steps that lead there are replayed without rendering, and not counted as environment steps.
@@ -156,6 +162,9 @@ class StagePPOConfig(_BaseConfig):
     stage_aware: bool = field(default=True, metadata={"help": "Shape the reward by stages; False is plain PPO."})
     shaping_weight: float = field(default=0.5, metadata={"help": "Weight of the shaping."})
     potential_form: str = field(default="staged", metadata={"help": f"Form of the potential: {POTENTIAL_FORMS}."})
+    final_potential: str = field(
+        default="zero", metadata={"help": f"The potential after an episode's end: {FINAL_POTENTIALS}."}
+    )
     reset_share: float = field(
         default=0.0, metadata={"help": "Share of training episodes that begin at the entry of a later stage."}
     )
