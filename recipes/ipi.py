@@ -155,17 +155,13 @@ def main(args: IPIArguments) -> None:
                     else:
                         interact(args, configs[phase], checkpoint, env, plan)
             with watch(f"{phase}: evaluation"):
-                is_plain = not getattr(configs[phase], "stage_aware", True)
-                method = PLAIN_PPO if is_plain else None
+                method = None if getattr(configs[phase], "stage_aware", True) else PLAIN_PPO
                 evaluate_phase(args, phase, env, plan, started_from=checkpoint, method=method)
             done.append(phase)
             report(args, watch.seconds)
         with watch("videos"):
             film(args, env, plan)
     report(args, watch.seconds)
-
-
-# ---- the phases
 
 
 def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: list, plan: Any) -> None:
@@ -220,9 +216,6 @@ def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: A
     if not trainer.is_finished:  # SIGTERM: the same command continues
         sys.exit(143)
     save_phase(args, "interaction", trainer, trainer.env_steps, list(starts["seed"]))
-
-
-# ---- what surrounds them
 
 
 def collect_demonstrations(args: IPIArguments, env: Any, expert: Any, plan: Any) -> list:
@@ -355,9 +348,6 @@ def report(args: IPIArguments, timing: dict[str, float]) -> None:
             f"temperature {args.temperature} in all phases and in evaluation.",
         ],
     )
-
-
-# ---- configuration and bookkeeping
 
 
 def make(args: IPIArguments, chunk_size: int) -> Any:

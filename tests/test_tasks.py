@@ -94,9 +94,6 @@ def test_a_plan_that_cannot_be_right_is_refused_at_construction(make, message):
         make()
 
 
-# ---- modules
-
-
 def test_a_file_is_imported_by_name_and_its_folder_can_be_imported_from(tmp_path):
     (tmp_path / "slide_task.py").write_text("from slide_plan import NAME\n")
     (tmp_path / "slide_plan.py").write_text("NAME = 'Slide-v0'\n")
@@ -127,9 +124,6 @@ def test_what_is_missing_inside_a_module_is_said_as_it_is(tmp_path):
     (tmp_path / "slide_broken.py").write_text("import no_such_dependency\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         import_tasks(str(tmp_path / "slide_broken.py"))
-
-
-# ---- signals that are not finite
 
 
 class BrokenEnv:

@@ -56,9 +56,6 @@ def undisturbed(env):
     return collect(env, chance(), STARTS, name="chance")
 
 
-# ---- starts
-
-
 def test_a_start_leads_to_the_recorded_state_in_every_process(env, undisturbed):
     """20 of 50 actions executed without rendering: images and signals are those of the recording, and so is what follows."""
     one = undisturbed[0]
@@ -111,9 +108,6 @@ def test_who_plays_what():
     assert assign(starts[:2], rank=1, world_size=2, num_envs=2, ignore=True).episodes == [1, -1]
 
 
-# ---- workers that fail
-
-
 def test_dead_and_hanging_workers_are_replaced_and_nothing_changes(env, undisturbed, caplog):
     """One worker is killed while it simulates, the other stopped; later the replacement of the first is killed, too."""
     pids = [worker.pid for worker in env.workers]
@@ -152,9 +146,6 @@ def test_after_too_many_restarts_the_error_names_task_and_seeds(env, monkeypatch
 def test_memory_of_a_process_is_read():
     assert 2**24 < worker.resident_bytes(os.getpid()) < 2**36
     assert worker.resident_bytes(2**30) == 0
-
-
-# ---- episodes that the simulator spoils
 
 
 def spoiled(at: dict[int, int], bugs: dict[int, Exception] | None = None, num_workers: int = 0) -> WorkerVectorEnv:

@@ -29,9 +29,6 @@ def act(policy, obs, temperature=1.0, seed=0):
     return inputs, policy.act(inputs, temperature=temperature, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- the sampler
-
-
 def test_an_sde_step_by_hand():
     x, v, index = torch.ones(2, 1, 1), torch.tensor([0.0, 2.0])[:, None, None], torch.tensor([1, 0])
     mean, std = sde_step(x, v, index, num_steps=2, noise_level=1.0)
@@ -75,9 +72,6 @@ def test_steps_that_do_not_count_repeat_the_last_one_that_does():
     actions = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])[..., None]
     kept = torch.tensor([[True, True, False], [True, False, False]])
     assert hold(actions, kept)[..., 0].tolist() == [[1.0, 2.0, 2.0], [4.0, 4.0, 4.0]]
-
-
-# ---- the trace
 
 
 def test_a_trace_is_exact():
@@ -133,9 +127,6 @@ def test_demonstrations_have_no_chain():
         policy.evaluate(inputs, policy.encode(torch.zeros(2, 4, 7)))
 
 
-# ---- what is learnt from
-
-
 def test_the_score_is_flow_dpos_error_at_shared_noise_and_times():
     policy = make_flow()
     inputs = policy.prepare(observe())
@@ -172,9 +163,6 @@ def test_preferences_are_learnt_by_the_score():
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(math.log(2), abs=1e-3) and losses[-1] < 0.3, losses
-
-
-# ---- statistics and checkpoints
 
 
 def test_actions_stay_in_the_range_of_the_statistics():
@@ -249,9 +237,6 @@ def test_lerobots_other_models_say_where_they_run(tmp_path):
         load_lerobot_policy(tmp_path, tokenizer=None, norm_stats={}, dtype="bfloat16")
     with pytest.raises(ValueError, match="must be of LeRobot's pi0"):
         lerobot_name("model.vision_tower.weight")
-
-
-# ---- input
 
 
 def test_several_cameras_and_other_sizes():

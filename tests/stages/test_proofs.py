@@ -97,9 +97,6 @@ def few(request) -> Played:
     return play(request.param, FEW)
 
 
-# ---- what is proved, of any number of episodes
-
-
 def prove_reachable(played: Played) -> None:
     """Every stage is entered and left by its own event, and `check` finds no error."""
     report = check(played.plan, [trajectory.signals for trajectory in played.all])
@@ -208,9 +205,6 @@ def test_every_task_has_an_environment_and_a_plan():
         get_plan(task).validate_signals(tuple(get_simulated_task(task).signal_shapes))
 
 
-# ---- a drop, in the simulator
-
-
 FAST_DROPS = ("StackCube-v1", "StackGreenCubeOnYellowCubeBakedTexInScene-v1")
 
 
@@ -243,9 +237,6 @@ def test_a_dropped_object_falls_back_and_its_segments_do_not(task):
     assert [part.passed for part in parts] == [True, True, False]
     latched = stage_per_step(parts, len(rows) - 1)
     assert (latched.diff() >= 0).all() and (latched[lifted:] == 2).all()
-
-
-# ---- speed
 
 
 def test_a_million_labels_a_second():
