@@ -41,7 +41,8 @@ logger = logging.getLogger("preference_learning")
 
 BASE = "base"
 """The checkpoint as it is, among the arms."""
-OBJECTIVES = ("sta-tpo", "tpo-mean")
+OBJECTIVES = ("sta-tpo", "tpo-mean", "tpo-sum")
+REASONS = ("passed", "cost")
 OPTIONS = (
     *("max_steps", "per_device_train_batch_size", "learning_rate", "step_micro_batch_size", "logging_steps"),
     *("centered", "beta", "cost_coef", "margin_sign", "loss_type", "label_smoothing", "weight_decay", "seed"),
@@ -62,14 +63,18 @@ class Arguments:
     max_pairs_per_start: int = field(default=4, metadata={"help": "Most pairs of one stage from one initial state."})
     min_cost_gap: float = field(default=0.02, metadata={"help": "Smallest difference of costs that counts."})
     arms: list[str] = field(
-        default_factory=lambda: [BASE, *OBJECTIVES], metadata={"help": f"What is evaluated, of {BASE}, {OBJECTIVES}."}
+        default_factory=lambda: [BASE, "sta-tpo", "tpo-mean"],
+        metadata={"help": f"What is evaluated, of {BASE}, {OBJECTIVES}."},
+    )
+    reasons: list[str] = field(
+        default_factory=lambda: [*REASONS], metadata={"help": f"Pairs of these reasons alone, of {REASONS}."}
     )
     rollouts: str | None = field(
         default=None, metadata={"help": "Folder of the rollouts, for runs that share them; default: in `output_dir`."}
     )
     equal_pairs: bool = field(
         default=True,
-        metadata={"help": "Train both on equally many pairs; if not, each on all that it finds in the rollouts."},
+        metadata={"help": "Train the arms on equally many pairs; if not, each on all that it finds in the rollouts."},
     )
     eval_episodes: int = field(default=300, metadata={"help": "Held-out episodes, seeds 0 on."})
     first_seed: int = field(default=200_000, metadata={"help": "Seed of the first initial state."})
@@ -77,9 +82,10 @@ class Arguments:
     num_envs: int = field(default=16, metadata={"help": "Environments, over all worker processes."})
 
     def __post_init__(self):
-        known = (BASE, *OBJECTIVES)
-        if not self.arms or not set(self.arms) <= set(known):
-            raise ValueError(f"`arms` must be some of {known}, got {self.arms}.")
+        for name, known in (("arms", (BASE, *OBJECTIVES)), ("reasons", REASONS)):
+            given = getattr(self, name)
+            if not given or not set(given) <= set(known):
+                raise ValueError(f"`{name}` must be some of {known}, got {given}.")
 
 
 def main(args: Arguments, config: StageDPOConfig) -> None:
@@ -98,8 +104,6 @@ def main(args: Arguments, config: StageDPOConfig) -> None:
             results["arms"][BASE] = play(BASE, policy)
         pairs = find_pairs(args, config, rollouts, plan)
         for objective, (chosen, table) in pairs.items():
-            if objective not in args.arms:
-                continue
             checkpoint = out / objective / "policy"
             if not checkpoint.exists():
                 train(args, config, objective, out / objective, rollouts, chosen)
@@ -141,18 +145,12 @@ def collect(args: Arguments, seed: int, folder: Path, env: Any, policy: TokenPol
 def find_pairs(args: Arguments, config: StageDPOConfig, rollouts: TrajectoryFolder, plan: Any) -> dict[str, PairSet]:
     """Objective -> pairs and yield; with `equal_pairs`, of the objective with more of them a random choice as large as the other's."""
     slim = TrajectoryFolder(rollouts.folder, images=False)
-    made = {
-        objective: build_pairs(
-            slim,
-            plan,
-            objective=objective,
-            min_cost_gap=args.min_cost_gap,
-            max_pairs_per_start=args.max_pairs_per_start,
-            seed=config.seed,
-        )
-        for objective in OBJECTIVES
-    }
-    budget, chooser = min(len(found.pairs) for found in made.values()), random.Random(config.seed)
+    made = {}
+    for objective in (name for name in OBJECTIVES if name in args.arms):
+        options = {"min_cost_gap": args.min_cost_gap, "max_pairs_per_start": args.max_pairs_per_start}
+        found = build_pairs(slim, plan, objective=objective, seed=config.seed, **options)
+        made[objective] = found._replace(pairs=tuple(pair for pair in found.pairs if pair.reason in args.reasons))
+    budget, chooser = min((len(found.pairs) for found in made.values()), default=1), random.Random(config.seed)
     if budget == 0:
         raise SystemExit("preference_learning: an objective has no pairs. Play more starts or more episodes per seed.")
     if not args.equal_pairs:

@@ -12,6 +12,7 @@ import yaml
 METHODS = {
     "sft": (),
     "tpo": ("tpo-mean",),
+    "tpo-sum": ("tpo-sum",),
     "sta-tpo": ("sta-tpo",),
     "ppo": ("ppo",),
     "sta-ppo": ("sta-ppo",),
@@ -19,7 +20,7 @@ METHODS = {
 }
 """Method -> what is done to the start checkpoint, in order. `sft` is the checkpoint itself."""
 
-PREFERENCE = ("tpo-mean", "sta-tpo")
+PREFERENCE = ("tpo-mean", "tpo-sum", "sta-tpo")
 """Of these steps the preference ones, by the name of their objective."""
 
 

@@ -6,6 +6,7 @@ lit and coloured along.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -179,23 +180,28 @@ def add_distractors(env: Any, task: SimulatedTask, rng: np.random.Generator) -> 
         env._segmentation_ids_to_keep = torch.cat([env._segmentation_ids_to_keep, torch.tensor(identities)])
 
 
+def _turned(color: Sequence[float], degrees: float) -> list[float]:
+    """A colour and its fourth value, linear, unlike what is seen and what textures hold; hue turned."""
+    *rgb, last = color
+    return [*np.power(scene.turn_hue(np.power([[rgb]], 1 / GAMMA), degrees)[0, 0], GAMMA).tolist(), last]
+
+
 def recolour_object(env: Any, task: SimulatedTask, rng: np.random.Generator) -> None:
     """Turn the hues of the object to move by `HUE_TURN` to either side."""
     import sapien.render
 
     degrees = HUE_TURN * rng.choice((-1, 1))
     for material in scene.materials(scene.manipulated_object(env)):
-        *rgb, alpha = material.base_color  # linear, unlike what is seen and what textures hold
-        seen = scene.turn_hue(np.power([[rgb]], 1 / GAMMA), degrees)[0, 0]
-        material.set_base_color([*np.power(seen, GAMMA).tolist(), alpha])
-        texture = material.base_color_texture
-        if texture is not None:
-            pixels = texture.download()
-            pixels[..., :3] = np.round(255 * scene.turn_hue(pixels[..., :3] / 255, degrees))
-            levels = texture.mipmap_levels
-            material.set_base_color_texture(
-                sapien.render.RenderTexture2D(pixels, texture.format, mipmap_levels=levels, srgb=True)
-            )
+        # SimplerEnv's cubes shine by themselves: their light is baked into what they emit, and their base colour is black
+        for kind in ("base_color", "emission"):
+            getattr(material, f"set_{kind}")(_turned(getattr(material, kind), degrees))
+            texture = getattr(material, f"{kind}_texture")
+            if texture is not None:
+                pixels = texture.download()
+                pixels[..., :3] = np.round(255 * scene.turn_hue(pixels[..., :3] / 255, degrees))
+                levels = texture.mipmap_levels
+                copy = sapien.render.RenderTexture2D(pixels, texture.format, mipmap_levels=levels, srgb=True)
+                getattr(material, f"set_{kind}_texture")(copy)
 
 
 for _name, _what, _arrange in (
