@@ -58,6 +58,8 @@ PPO_PRESETS: dict[str, dict[str, Any]] = {
         "entropy_coef": -0.06,
         # the limit of the episode is part of what is measured, and the critic knows the time
         "bootstrap_on_truncation": False,
+        # where the limit is an end, shaping that is lost there changes nothing that an exact critic would not: an episode keeps it
+        "final_potential": "kept",
     },
 }
 """Of 7B models and of small ones; see [`StagePPOConfig.preset`]."""
