@@ -157,6 +157,9 @@ def test_the_numbers_of_an_evaluation():
     assert found["overall"]["pc_success"] == found["overall"]["pc_success_task_mean"] == 25.0
     assert found["per_group"] == {"g": found["overall"]}
     assert "| PushCube-v1 | 4 | 50.0 % [15.0, 85.0] | 25.0 % [4.6, 69.9] |" in eval_table(found)
+    assert eval_table(found).endswith("; temperature 1.0.")
+    found["settings"]["temperature"] = None  # a demonstrator has none
+    assert eval_table(found).endswith("Success rule: success_at_end.")
     assert [(r.metric_type, r.metric_value) for r in eval_results(found)] == [
         ("success_once", 0.5),
         ("success_at_end", 0.25),

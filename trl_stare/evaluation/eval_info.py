@@ -164,9 +164,9 @@ def eval_table(info: Mapping[str, Any]) -> str:
     ]
     funnel = markdown_table(("task", "stage", "reached", "passed", "P(stage given the one before)"), stages)
     used = info["settings"]
-    note = (
-        f"In brackets: Wilson 95 % intervals. Success rule: {used['success_rule']}; temperature {used['temperature']}."
-    )
+    note = f"In brackets: Wilson 95 % intervals. Success rule: {used['success_rule']}"
+    # a demonstrator and random actions have none
+    note += "." if used["temperature"] is None else f"; temperature {used['temperature']}."
     variations = {task["metrics"]["environment"].get("variation", NOMINAL) for task in info["per_task"]}
     if variations != {NOMINAL}:
         note += f" Variation: {', '.join(sorted(variations))}."
