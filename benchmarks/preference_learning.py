@@ -150,11 +150,11 @@ def find_pairs(args: Arguments, config: StageDPOConfig, rollouts: TrajectoryFold
         options = {"min_cost_gap": args.min_cost_gap, "max_pairs_per_start": args.max_pairs_per_start}
         found = build_pairs(slim, plan, objective=objective, seed=config.seed, **options)
         made[objective] = found._replace(pairs=tuple(pair for pair in found.pairs if pair.reason in args.reasons))
-    budget, chooser = min((len(found.pairs) for found in made.values()), default=1), random.Random(config.seed)
-    if budget == 0:
+    if not all(found.pairs for found in made.values()):
         raise SystemExit("preference_learning: an objective has no pairs. Play more starts or more episodes per seed.")
-    if not args.equal_pairs:
+    if not args.equal_pairs or len(made) < 2:
         return made
+    budget, chooser = min(len(found.pairs) for found in made.values()), random.Random(config.seed)
     return {
         objective: PairSet(
             tuple(found.pairs[i] for i in sorted(chooser.sample(range(len(found.pairs)), budget))), found.yield_table

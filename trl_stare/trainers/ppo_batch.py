@@ -32,6 +32,11 @@ class DecisionRewards(NamedTuple):
     discount: Tensor
 
 
+def is_over(trajectory: Trajectory, bootstrap_on_truncation: bool) -> bool:
+    """Whether nothing follows its last step: the task ended it, or a time limit that is not bootstrapped."""
+    return trajectory.terminated or not bootstrap_on_truncation
+
+
 def decision_rewards(
     trajectory: Trajectory,
     plan: StagePlan,
@@ -59,7 +64,7 @@ def decision_rewards(
         return DecisionRewards(raw, raw, discount)
     potential = plan.potential({name: value[bounds] for name, value in trajectory.signals.items()}, form)
     nothing_follows = torch.zeros(len(steps), dtype=torch.bool)
-    nothing_follows[-1] = final_potential == "zero" and (trajectory.terminated or not bootstrap_on_truncation)
+    nothing_follows[-1] = final_potential == "zero" and is_over(trajectory, bootstrap_on_truncation)
     shaped = shaped_reward(
         raw, potential[:-1], potential[1:], gamma=discount, weight=weight, terminated=nothing_follows
     )
@@ -114,8 +119,7 @@ def advantages_and_returns(
     )
     last = torch.tensor(lengths) - 1
     is_last = torch.arange(len(reward))[:, None] == last[None]
-    solved = torch.tensor([trajectory.terminated for trajectory in trajectories])
-    final = is_last & (solved[None] if bootstrap_on_truncation else torch.ones_like(solved)[None])
+    final = is_last & torch.tensor([is_over(trajectory, bootstrap_on_truncation) for trajectory in trajectories])[None]
     advantages, returns = gae(reward, value, next_value, final, is_last, gamma=discount, lam=gae_lambda)
     inside = torch.arange(len(reward))[:, None] <= last[None]
     return advantages.T[inside.T], returns.T[inside.T]
