@@ -84,21 +84,10 @@ def collect_dataset(
             `successes_only`, or what is there was collected with other settings.
         RuntimeError: if fewer than one episode in twenty succeeds with `successes_only`.
     """
-    for argument, value in (("episodes", episodes), ("episodes_per_seed", episodes_per_seed)):
-        if value < 1:
-            raise ValueError(f"`{argument}` must be at least 1, got {value}.")
-    if successes_only and episodes_per_seed > 1:
-        raise ValueError(
-            f"`episodes_per_seed` must be 1 with `successes_only`, got {episodes_per_seed}: what is compared needs failures."
-        )
+    _check_counts(episodes, episodes_per_seed, successes_only)
     folder = Path(folder)
-    given = {
-        "policy": name,
-        "first_seed": first_seed,
-        "seed": seed,
-        "successes_only": successes_only,
-        "episodes_per_seed": episodes_per_seed,
-    }
+    given = {"policy": name, "first_seed": first_seed, "seed": seed}
+    given |= {"successes_only": successes_only, "episodes_per_seed": episodes_per_seed}
     ledger = _Ledger(folder, dict(env.metadata) | {"collection": given | dict(settings or {})})
 
     if on_open is not None:
@@ -118,6 +107,16 @@ def collect_dataset(
     if ledger.single:
         ledger.merge(episodes)
     return folder
+
+
+def _check_counts(episodes: int, episodes_per_seed: int, successes_only: bool) -> None:
+    for argument, value in (("episodes", episodes), ("episodes_per_seed", episodes_per_seed)):
+        if value < 1:
+            raise ValueError(f"`{argument}` must be at least 1, got {value}.")
+    if successes_only and episodes_per_seed > 1:
+        raise ValueError(
+            f"`episodes_per_seed` must be 1 with `successes_only`, got {episodes_per_seed}: what is compared needs failures."
+        )
 
 
 class _Ledger:

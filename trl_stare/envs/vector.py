@@ -77,21 +77,11 @@ def make_env(
         raise ImportError("`make_env` needs ManiSkill. Run: pip install 'trl-stare[maniskill]'")
     device = device or ("cuda" if spec.gpu_simulation and torch.cuda.is_available() else "cpu")
     visuals = resolve_visuals("stock" if visuals is None and not spec.light_visuals else visuals, device)
-    if visuals == "light" and not spec.light_visuals:
-        raise ValueError(f"`visuals` must be 'stock' for {task!r}, whose robot has no light meshes, got 'light'.")
-    if num_envs < 1 or chunk_size < 1:
-        raise ValueError(f"`num_envs` and `chunk_size` must be at least 1, got {num_envs} and {chunk_size}.")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"`image_size` must be at least 1, got {image_size}.")
-    if device == "cuda" and not spec.gpu_simulation:
-        raise ValueError(f"`device` must be 'cpu' for {task!r}, which ManiSkill cannot simulate on a GPU, got 'cuda'.")
-    if device == "cuda" and varied is not None and varied.changes_scene:
-        raise ValueError(f"`device` must be 'cpu' for variation {variation!r}, got 'cuda'. Say `device='cpu'`.")
+    _check_device(spec, varied, device, visuals)
     if num_workers is None:
         num_workers = 0 if device == "cuda" else min(num_envs, len(os.sched_getaffinity(0)))
+    _check_sizes(num_envs, num_workers, chunk_size, image_size)
     _check_limits(step_timeout=step_timeout, max_restarts=max_restarts, memory_growth=memory_growth)
-    if num_workers and num_envs % num_workers:
-        raise ValueError(f"`num_envs` must be a multiple of `num_workers`, got {num_envs} and {num_workers}.")
     from trl_stare.envs.maniskill import check_assets
 
     check_assets(spec)
@@ -291,6 +281,26 @@ class WorkerVectorEnv(WorkerVectorEnvPart):
         )
         with ThreadPoolExecutor(count) as threads:  # every process imports the simulator for seconds: all at once
             list(threads.map(methodcaller("start"), workers))
+
+
+def _check_device(spec: SimulatedTask, varied: Variation | None, device: str, visuals: str) -> None:
+    if visuals == "light" and not spec.light_visuals:
+        raise ValueError(f"`visuals` must be 'stock' for {spec.name!r}, whose robot has no light meshes, got 'light'.")
+    if device == "cuda" and not spec.gpu_simulation:
+        raise ValueError(
+            f"`device` must be 'cpu' for {spec.name!r}, which ManiSkill cannot simulate on a GPU, got 'cuda'."
+        )
+    if device == "cuda" and varied is not None and varied.changes_scene:
+        raise ValueError(f"`device` must be 'cpu' for variation {varied.name!r}, got 'cuda'. Say `device='cpu'`.")
+
+
+def _check_sizes(num_envs: int, num_workers: int, chunk_size: int, image_size: int | None) -> None:
+    if num_envs < 1 or chunk_size < 1:
+        raise ValueError(f"`num_envs` and `chunk_size` must be at least 1, got {num_envs} and {chunk_size}.")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"`image_size` must be at least 1, got {image_size}.")
+    if num_workers and num_envs % num_workers:
+        raise ValueError(f"`num_envs` must be a multiple of `num_workers`, got {num_envs} and {num_workers}.")
 
 
 def _check_limits(**limits: float) -> None:
