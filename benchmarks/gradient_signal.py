@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
+from transformers import set_seed
 
 from trl_stare import StagePPOConfig, StagePPOTrainer, TokenPolicy, get_plan, make_env
 from trl_stare.data import load_trajectories, save_trajectories
@@ -107,6 +108,7 @@ def measure(
 ) -> dict[str, Tensor]:
     """`gradients` `[B, D]`, one of each batch after the warm-up, and `explained` `[B]`, the critic's explained variance in each."""
     policy = TokenPolicy.from_pretrained(args.checkpoint)
+    set_seed(0)  # of the critic's first weights
     fixed = {"num_train_epochs": args.warmup, "value_warmup_iterations": args.warmup, "temperature": args.temperature}
     fixed |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 12}
     config = StagePPOConfig.preset("small-cpu", str(folder), **{**fixed, **settings})
