@@ -64,13 +64,7 @@ def write_model_card(
         ValueError: for an unknown phase.
         FileNotFoundError: if `folder` does not exist.
     """
-    if phase not in METHODS:
-        raise ValueError(f"`phase` must be one of {', '.join(PHASES)}, got {phase!r}.")
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"`folder` must be the folder of a checkpoint, got {str(folder)!r}. Save the model first."
-        )
+    folder = _check_checkpoint(folder, phase)
     evaluation = result.to_dict() if isinstance(result, PhaseResult) else result
     model_name = model_name or f"{task}-{phase}"
     card = ModelCard.from_template(
@@ -83,10 +77,7 @@ def write_model_card(
         usage=usage.strip(),
         visuals=visuals,
         started_from=started_from,
-        n_episodes=evaluation["n_episodes"],
-        temperature=evaluation["temperature"],
-        max_episode_steps=evaluation["max_episode_steps"],
-        env_steps=evaluation["env_steps"],
+        **{name: evaluation[name] for name in ("n_episodes", "temperature", "max_episode_steps", "env_steps")},
         wall_s=None if evaluation["wall_s"] is None else format_seconds(evaluation["wall_s"]),
         success_table=_success_table(evaluation),
         stage_table=markdown_table(("stage", "success"), stage_cells(evaluation).items()),
@@ -96,6 +87,17 @@ def write_model_card(
     path = folder / "README.md"
     card.save(path)
     return path
+
+
+def _check_checkpoint(folder: str | os.PathLike, phase: str) -> Path:
+    if phase not in METHODS:
+        raise ValueError(f"`phase` must be one of {', '.join(PHASES)}, got {phase!r}.")
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"`folder` must be the folder of a checkpoint, got {str(folder)!r}. Save the model first."
+        )
+    return folder
 
 
 def _card_data(model_name: str, task: str, evaluation: Mapping[str, Any], license: str) -> ModelCardData:

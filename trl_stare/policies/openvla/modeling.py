@@ -183,12 +183,7 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if pixel_values is not None and not (input_ids == self.config.image_token_id).any():
                 input_ids, attention_mask, labels = self.expand_image_tokens(input_ids, attention_mask, labels)
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-            if pixel_values is not None:
-                image = self._see(pixel_values, state).to(inputs_embeds.dtype)
-                inputs_embeds = self._insert_image(input_ids, inputs_embeds, image)
-            if self.oft is not None:
-                inputs_embeds = inputs_embeds.masked_fill((input_ids == self.config.action_slot_id)[..., None], 0)
+            inputs_embeds, image = self._embed(input_ids, pixel_values, state)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         if self.oft is not None and self.oft.bidirectional:
@@ -217,6 +212,18 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
             attentions=output.attentions,
             image_hidden_states=image,
         )
+
+    def _embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens `[N, S]` as `[N, S, F]`, placeholders replaced by the image, and the image's own part of them."""
+        inputs_embeds, image = self.get_input_embeddings()(input_ids), None
+        if pixel_values is not None:
+            image = self._see(pixel_values, state).to(inputs_embeds.dtype)
+            inputs_embeds = self._insert_image(input_ids, inputs_embeds, image)
+        if self.oft is not None:
+            inputs_embeds = inputs_embeds.masked_fill((input_ids == self.config.action_slot_id)[..., None], 0)
+        return inputs_embeds, image
 
     def _see(self, pixel_values: Tensor, state: Tensor | None) -> Tensor:
         """`[N, image tokens, F]`: images, then proprioception."""
