@@ -29,6 +29,13 @@ def test_the_same_settings_continue_and_others_are_refused(tmp_path):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 1
 
 
+def test_a_setting_that_is_no_longer_given_has_changed(tmp_path):
+    claim_folder(tmp_path, {"seed": 1, "shaping_weight": 1.0, "note": None})
+    with pytest.raises(ValueError, match=r"has other \['shaping_weight'\]"):
+        claim_folder(tmp_path, {"seed": 1})
+    claim_folder(tmp_path, {"seed": 1, "shaping_weight": 1.0})
+
+
 def test_seconds_add_up_over_runs_and_count_failures(tmp_path):
     (tmp_path / "timing.json").write_text(json.dumps({"training": 100.0}))
     watch = Stopwatch(tmp_path / "timing.json")

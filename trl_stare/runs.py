@@ -31,7 +31,8 @@ def claim_folder(folder: str | Path, settings: Mapping[str, Any], *, free: Colle
     folder.mkdir(parents=True, exist_ok=True)
     if file.exists():
         before = yaml.safe_load(file.read_text())
-        changed = sorted(key for key in settings if before.get(key) != settings[key] and key not in free)
+        names = (before.keys() | settings.keys()) - set(free)  # also one that is no longer given
+        changed = sorted(name for name in names if before.get(name) != settings.get(name))
         if changed:
             raise ValueError(
                 f"`output_dir` must be new or of the same run, got {folder} whose config.yaml has other {changed}. "
