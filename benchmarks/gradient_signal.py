@@ -208,7 +208,8 @@ def main(args: argparse.Namespace) -> None:
         for name, settings in yaml.safe_load(args.config.read_text()).items():
             folder = claim_folder(out / "settings" / name, {"settings": settings})
             if not (folder / "measured.safetensors").exists():
-                save_file(measure(settings, args, rollouts, folder), folder / "measured.safetensors")
+                save_file(measure(settings, args, rollouts, folder), folder / "measured.part")
+                (folder / "measured.part").rename(folder / "measured.safetensors")  # there whole or not at all
             measured[name] = load_file(folder / "measured.safetensors")
             logger.info("%s: the critic explains %.0f %%", name, 100 * measured[name]["explained"].mean())
     results = compare(measured)
@@ -229,4 +230,9 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, default=2, help="batches from which the critic learns before")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--num_envs", type=int, default=16)
-    main(parser.parse_args())
+    arguments = parser.parse_args()
+    if arguments.batches < 3 or arguments.warmup < 1:  # an error needs two batches that are left when one is out
+        parser.error(
+            f"`--batches` must be at least 3 and `--warmup` 1, got {arguments.batches} and {arguments.warmup}."
+        )
+    main(arguments)

@@ -73,7 +73,7 @@ def test_it_measures_a_checkpoint_and_continues(tmp_path):
     }
     command = [
         sys.executable, "-m", "benchmarks.gradient_signal", f"--checkpoint={tmp_path / 'policy'}", "--task=PushCube-v1", "--num_envs=4",
-        f"--config={tmp_path / 'settings.yaml'}", f"--output_dir={tmp_path / 'out'}", "--episodes=4", "--batches=2", "--warmup=1",
+        f"--config={tmp_path / 'settings.yaml'}", f"--output_dir={tmp_path / 'out'}", "--episodes=4", "--batches=3", "--warmup=1",
     ]  # fmt: skip
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
@@ -83,5 +83,9 @@ def test_it_measures_a_checkpoint_and_continues(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     results = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
     assert list(results) == ["success", "hidden", "sta-ppo"] and first.stat().st_mtime_ns == written
-    # progress is paid in every episode, solved or not: there is a gradient, and of two batches not the same one
-    assert results["sta-ppo"]["agreement"][0] not in (0.0, pytest.approx(1.0))
+    # progress is paid in every episode, solved or not: there is a gradient, and of three batches not the same one
+    assert (
+        results["sta-ppo"]["agreement"][0] not in (0.0, pytest.approx(1.0)) and results["sta-ppo"]["agreement"][1] > 0
+    )
+    refused = subprocess.run([*command, "--batches=2"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "`--batches` must be at least 3" in refused.stderr
