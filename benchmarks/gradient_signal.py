@@ -42,9 +42,11 @@ from trl_stare import StagePPOConfig, StagePPOTrainer, TokenPolicy, get_plan, ma
 from trl_stare.data import load_trajectories, save_trajectories
 from trl_stare.data.rollout import play
 from trl_stare.data.trajectory import Trajectory
+from trl_stare.evaluation.report import markdown_table
 from trl_stare.runs import claim_folder
 from trl_stare.trainers.ppo_batch import observations
 from trl_stare.trainers.ppo_terms import ppo_terms
+from trl_stare.trainers.rollout_stream import select_rows
 from trl_stare.trainers.stage_ppo_metrics import explained_variance
 
 logger = logging.getLogger("gradient_signal")
@@ -111,7 +113,7 @@ def measure(
     set_seed(0)  # of the critic's first weights
     fixed = {"num_train_epochs": args.warmup, "value_warmup_iterations": args.warmup, "temperature": args.temperature}
     fixed |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 12}
-    config = StagePPOConfig.preset("small-cpu", str(folder), **{**fixed, **settings})
+    config = StagePPOConfig.preset("small-cpu", str(folder), **fixed | settings)
     trainer = Replay(rollouts, policy, config, rollouts.env, rollouts.plan, Dataset.from_dict({"seed": [0]}))
     trainer.train()
     trainer.model.eval()
@@ -128,10 +130,7 @@ def policy_gradient(trainer: StagePPOTrainer, batch: Mapping[str, Any]) -> Tenso
     weights = [weight for weight in trainer.policy.model.parameters() if weight.requires_grad]
     downhill = torch.zeros(sum(weight.numel() for weight in weights))
     for rows in torch.arange(len(batch["trace"])).split(ROWS):
-        part = {
-            name: {key: tensor[rows] for key, tensor in value.items()} if isinstance(value, dict) else value[rows]
-            for name, value in batch.items()
-        }
+        part = select_rows(batch, rows)
         features = part["features"] if trainer.args.critic == "privileged" else None
         evaluation, values = trainer.model(part["inputs"], part["trace"], features, trainer.args.temperature)
         loss = ppo_terms(evaluation, values, part, trainer.args, action_dim=trainer.policy.action_dim).policy.loss
@@ -184,18 +183,14 @@ def compare(measured: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str,
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The table a reader sees; standard errors behind +-."""
     reference, plain = list(results)[:2]
-    lines = [f"| | critic explains | agreement | gain, x 1000 | more than {plain} |", "|---|---|---|---|---|"]
+    rows = []
     for name, row in results.items():
-        agree, gained, more = row["agreement"], [1000 * x for x in row["gain"]], [1000 * x for x in row["more"]]
-        cells = [
-            name,
-            f"{100 * row['explained']:.0f} %",
-            "{:.3f} +- {:.3f}".format(*agree),
-            "{:.2f} +- {:.2f}".format(*gained),
-        ]
-        cells.append("-" if name == plain else "{:+.2f} +- {:.2f}".format(*more))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\n`{reference}` is the gradient that gains are measured along.\n"
+        gained, more = ([1000 * value for value in row[key]] for key in ("gain", "more"))
+        compared = "-" if name == plain else "{:+.2f} +- {:.2f}".format(*more)
+        agree, gained = "{:.3f} +- {:.3f}".format(*row["agreement"]), "{:.2f} +- {:.2f}".format(*gained)
+        rows.append((name, f"{100 * row['explained']:.0f} %", agree, gained, compared))
+    table = markdown_table(("", "critic explains", "agreement", "gain, x 1000", f"more than {plain}"), rows)
+    return f"{table}\n\n`{reference}` is the gradient that gains are measured along.\n"
 
 
 def main(args: argparse.Namespace) -> None:

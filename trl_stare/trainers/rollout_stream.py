@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +43,7 @@ class RolloutStream(IterableDataset):
         # losses are means over tokens and over decisions, of which each process has its own number
         counts = torch.tensor([[batch["mask"][rows].sum(), len(rows)] for rows in minibatches])
         for rows, weights in zip(minibatches, gradient_weights(trainer.accelerator, counts), strict=True):
-            yield {name: _rows(value, rows) for name, value in batch.items()} | {"weights": weights}
+            yield select_rows(batch, rows) | {"weights": weights}
 
     def _minibatches(self, batch: dict[str, Any], generator: torch.Generator) -> list[Tensor]:
         """Rows of all minibatches of the iteration; the same number in every process, whatever its rollout's length."""
@@ -56,5 +56,8 @@ class RolloutStream(IterableDataset):
         return chosen
 
 
-def _rows(value: Any, rows: Tensor) -> Any:
-    return {name: tensor[rows] for name, tensor in value.items()} if isinstance(value, dict) else value[rows]
+def select_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """These rows of everything in a batch, also of the tensors of its model inputs."""
+    return {
+        name: select_rows(value, rows) if isinstance(value, dict) else value[rows] for name, value in batch.items()
+    }
