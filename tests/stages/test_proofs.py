@@ -26,6 +26,9 @@ PICKS = [task for task in TASKS if get_plan(task).names[:3] == ("Reach", "Grasp"
 NOISE, GAMMA = 0.1, 0.99
 FEW = {"expert": 2, "noisy": 1, "random": 1}
 MANY = {"expert": 50, "noisy": 50, "random": 50}
+SHORT_LAST_STAGE = {"PutEggplantInBasketScene-v1": {**FEW, "expert": 16}}
+"""Success asks that the eggplant is low over the basket, in the hand or not: many episodes reach Place and pass it in one step,
+and which ones do differs from processor to processor."""
 
 
 @dataclass
@@ -94,7 +97,7 @@ def play(task: str, counts: dict[str, int]) -> Played:
 
 @pytest.fixture(scope="module", params=TASKS)
 def few(request) -> Played:
-    return play(request.param, FEW)
+    return play(request.param, SHORT_LAST_STAGE.get(request.param, FEW))
 
 
 def prove_reachable(played: Played) -> None:
