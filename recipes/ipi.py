@@ -65,6 +65,7 @@ from trl_stare.evaluation import (
     write_report,
     write_results,
 )
+from trl_stare.interfaces import ACTION_DIM
 from trl_stare.policies import norm_stats
 from trl_stare.policies.adapters import merge_checkpoint
 from trl_stare.runs import Stopwatch, as_number, claim_folder, set_entries
@@ -256,9 +257,9 @@ def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:
     """A checkpoint, refused if it acts in other chunks than the environment."""
     policy = TokenPolicy.from_pretrained(checkpoint, **(args.policy if checkpoint == args.init_checkpoint else {}))
     policy.keep_statistics()
-    if (policy.chunk_size, policy.action_dim) != (args.chunk_size, 7):
+    if (policy.chunk_size, policy.action_dim) != (args.chunk_size, ACTION_DIM):
         raise ValueError(
-            f"`{checkpoint}` must act in chunks of {args.chunk_size} x 7 values, got {policy.chunk_size} x "
+            f"`{checkpoint}` must act in chunks of {args.chunk_size} x {ACTION_DIM} values, got {policy.chunk_size} x "
             f"{policy.action_dim}. Set `chunk_size`, or use another checkpoint."
         )
     return policy

@@ -23,6 +23,10 @@ ADAPTER_CONFIG_NAME = "policy_config.json"
 transformers would look for the whole model there."""
 
 
+ACTION_DIM = 7
+"""Values of one action of a simulated task: translation, rotation, gripper. A policy for another robot may have others."""
+
+
 NOMINAL = "nominal"
 """What the `metadata` of a [`VectorEnv`] and results say of a task that was played as it is, without a variation."""
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trl_stare.interfaces import Observation, Signals, VLAPolicy
+from trl_stare.interfaces import ACTION_DIM, Observation, Signals, VLAPolicy
 
 
 class Decision(NamedTuple):
@@ -83,7 +83,7 @@ def random_actor(*, size: float, generator: torch.Generator | None) -> Actor:
     """Chance acts: translations of at most `size` per axis (controller units), no rotation, the gripper opens or closes."""
 
     def act(obs: Observation, signals: Signals) -> Decision:
-        actions = torch.zeros(len(obs.images), 1, 7)
+        actions = torch.zeros(len(obs.images), 1, ACTION_DIM)
         actions[..., :3] = size * (torch.rand(actions[..., :3].shape, generator=generator) * 2 - 1)
         actions[..., -1] = torch.where(torch.rand(actions[..., -1].shape, generator=generator) < 0.5, -1.0, 1.0)
         return Decision(actions, actions)

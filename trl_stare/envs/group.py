@@ -19,6 +19,7 @@ from trl_stare.envs.maniskill import Simulator, time_limit
 from trl_stare.envs.registry import SimulatedTask
 from trl_stare.envs.variations import Variation
 from trl_stare.envs.worker import FAILURES
+from trl_stare.interfaces import ACTION_DIM
 
 _BOUNDS = {
     np.uint8: (0, 255),
@@ -71,7 +72,7 @@ class EpisodeGroup(gym.Env):
         self.task, self.batch, self.num_envs, self.chunk_size = task, batch, num_envs, chunk_size
         self.max_episode_steps = time_limit(task)
         self.observation_space = record_space(task, num_envs, chunk_size, image_size)
-        self.action_space = gym.spaces.Box(-np.inf, np.inf, (num_envs, chunk_size, 7), np.float32)
+        self.action_space = gym.spaces.Box(-np.inf, np.inf, (num_envs, chunk_size, ACTION_DIM), np.float32)
         self.arrays = {name: np.zeros(space.shape, space.dtype) for name, space in self.observation_space.items()}
         self.record = {name: torch.from_numpy(array) for name, array in self.arrays.items()}  # the same memory
         floats = [name for name, array in self.arrays.items() if array.dtype == np.float32]

@@ -21,7 +21,7 @@ from trl_stare.envs.registry import SimulatedTask, get_simulated_task
 from trl_stare.envs.variations import Variation, get_variation
 from trl_stare.envs.visuals import resolve_visuals
 from trl_stare.envs.worker import LocalWorker, Worker, assign
-from trl_stare.interfaces import NOMINAL, EpisodeStart, Observation, Start, Step, VoidEpisode, Work
+from trl_stare.interfaces import ACTION_DIM, NOMINAL, EpisodeStart, Observation, Start, Step, VoidEpisode, Work
 
 
 def make_env(
@@ -152,7 +152,7 @@ class WorkerVectorEnvPart:
         Raises:
             ValueError: if they have another shape or are not finite.
         """
-        expected = (self.num_envs, self.chunk_size, 7)
+        expected = (self.num_envs, self.chunk_size, ACTION_DIM)
         if tuple(actions.shape) != expected:
             raise ValueError(f"`actions` must have shape {expected}, got {tuple(actions.shape)}.")
         if not torch.isfinite(
@@ -317,9 +317,9 @@ def _check_start(start: int | EpisodeStart, metadata: dict[str, Any]) -> Episode
     if start.actions is None or not len(start.actions):
         return EpisodeStart(int(start.seed))
     actions = start.actions.detach().cpu().float()
-    if actions.ndim != 2 or actions.shape[1] != 7 or not torch.isfinite(actions).all():
+    if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not torch.isfinite(actions).all():
         raise ValueError(
-            f"`actions` of the start of seed {start.seed} must be finite [P, 7], got {tuple(actions.shape)} with "
+            f"`actions` of the start of seed {start.seed} must be finite [P, {ACTION_DIM}], got {tuple(actions.shape)} with "
             f"{int((~torch.isfinite(actions)).sum())} values that are not finite."
         )
     if metadata["sim_backend"] != "physx_cpu":

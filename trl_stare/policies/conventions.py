@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trl_stare.interfaces import ACTION_DIM
+
 
 def wxyz_to_xyzw(quaternions: Tensor) -> Tensor:
     """`[..., 4]`: SAPIEN's and ManiSkill's order -> SciPy's and PyBullet's. Example: `[1, 0, 0, 0]` -> `[0, 0, 0, 1]`."""
@@ -102,9 +104,9 @@ class ActionConvention(NamedTuple):
         return self._apply(actions, 1)
 
     def _apply(self, actions: Tensor, direction: int) -> Tensor:
-        if actions.shape[-1] != 7:
+        if actions.shape[-1] != ACTION_DIM:
             raise ValueError(
-                f"`actions` must be `[..., 7]`: translation, rotation, gripper, got {[*actions.shape]}. Use "
+                f"`actions` must be `[..., {ACTION_DIM}]`: translation, rotation, gripper, got {[*actions.shape]}. Use "
                 '`action_convention="identity"` for other robots.'
             )
         rotation, gripper = self.rotation[direction], self.gripper[direction]
