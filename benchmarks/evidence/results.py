@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter, methodcaller
 from typing import Any
 
 from benchmarks.evidence.curves import learning_curve, moving_success, steps_to_reach
@@ -11,6 +12,7 @@ from benchmarks.evidence.queue import Arm, Queue
 from benchmarks.evidence.runs import Step
 from trl_stare import StagePlan
 from trl_stare.evaluation import Comparison, EpisodeResult, Proportion, format_rate, package_versions, paired
+from trl_stare.evaluation.report import markdown_table
 from trl_stare.stages import stage_success
 
 LEVELS = (0.5, 0.8)
@@ -44,16 +46,27 @@ def summarise(episodes: Episodes, plan: StagePlan) -> dict[str, Any]:
     return row | {"loses_most_in": worst if row["lost"][worst] else None}
 
 
-def compare(a: Episodes, b: Episodes) -> dict[str, Any]:
-    """`b` against `a` on the same held-out seeds: pooled over the training seeds both have, and for each of them.
+def compare(a: Episodes, b: Episodes, stages: Sequence[str]) -> dict[str, Any]:
+    """`b` against `a` on the same held-out seeds: pooled over the training seeds both have, and for each of them; `per_stage` compares
+    who passed a stage, of all episodes, since only what both played can be paired.
 
     The exact test counts each pair of episodes as independent. Those of different training seeds begin alike, so that the pooled p is
     somewhat too small where the outcome hangs on the start: read it beside the values of the single seeds.
     """
-    pairs = {seed: paired(a[seed], b[seed]) for seed in a if seed in b}
-    whole = Comparison.of("success_once", *([x for pair in pairs.values() for x in pair[i]] for i in (0, 1)))
-    each = {seed: Comparison.of("success_once", *pair) for seed, pair in pairs.items()}
-    return _test(whole) | {"per_seed": {seed: _test(comparison) for seed, comparison in each.items()}}
+    common = [seed for seed in a if seed in b]
+
+    def pooled(what: str, outcome: Callable[[EpisodeResult], bool], seeds: Sequence[int]) -> dict[str, Any]:
+        pairs = [paired(a[seed], b[seed], outcome) for seed in seeds]
+        return _test(Comparison.of(what, *([x for pair in pairs for x in pair[i]] for i in (0, 1))))
+
+    solved = attrgetter("success_once")
+    return pooled("success_once", solved, common) | {
+        "per_seed": {seed: pooled("success_once", solved, [seed]) for seed in common},
+        "per_stage": {
+            stage: pooled(f"passed {stage}", methodcaller("passed", index), common)
+            for index, stage in enumerate(stages)
+        },
+    }
 
 
 def _test(comparison: Comparison) -> dict[str, Any]:
@@ -103,10 +116,10 @@ def build_results(
         rows[name] |= learning(queue, steps, plan.names[0])
         rows[name]["missing_seeds"] = [seed for seed in arm.seeds if seed not in episodes]
         if arm.method != "sft":
-            tests.append({"a": arm.start, "b": name} | compare(starts[arm.start], episodes))
+            tests.append({"a": arm.start, "b": name} | compare(starts[arm.start], episodes, plan.names))
     for a, b in queue.compare:
         if a in arms and b in arms and arms[a][1].keys() & arms[b][1].keys():
-            tests.append({"a": a, "b": b} | compare(arms[a][1], arms[b][1]))
+            tests.append({"a": a, "b": b} | compare(arms[a][1], arms[b][1], plan.names))
     return {
         "queue": asdict(queue),
         "checkpoints": checkpoints,
@@ -120,44 +133,71 @@ def build_results(
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The tables a reader sees."""
-    queue = results["queue"]
-    lines = [
+    queue, rows = results["queue"], results["starts"] | results["arms"]
+    parts = [
         f"# {queue['task']}",
-        "",
         f"Each checkpoint on the held-out seeds 0 to {queue['eval_episodes'] - 1}, sampled at temperature {queue['temperature']:g}; "
         "success at any step, Wilson 95 % intervals over the episodes of all training seeds. Environment steps to 50 and 80 % success: "
         f"over the last {queue['window']} rollouts, one value a training seed, - where it was not reached.",
-        "",
-        "| | n | success | per training seed, % | to 50 %, 1000 steps | to 80 %, 1000 steps | 1000 steps in all | loses most in |",
-        "|---|---|---|---|---|---|---|---|",
+        markdown_table(
+            (
+                "",
+                "n",
+                "success",
+                "per training seed, %",
+                "to 50 %, 1000 steps",
+                "to 80 %, 1000 steps",
+                "1000 steps in all",
+            ),
+            [_success_cells(name, row) for name, row in rows.items()],
+        ),
+        "Of all episodes, how many passed each stage:",
+        markdown_table(
+            ("", *results["stages"], "loses most in"),
+            [
+                (name, *(row["stage_counts"][stage][0] for stage in results["stages"]), _worst(row))
+                for name, row in rows.items()
+            ],
+        ),
+        "Paired on the same seeds, differences in points with 95 % intervals, p of the exact McNemar test:",
+        markdown_table(
+            ("", "n", "success", "of each training seed", "only the second, only the first", "p", *results["stages"]),
+            [_test_cells(test) for test in results["comparisons"]],
+        ),
     ]
-    for name, row in (results["starts"] | results["arms"]).items():
-        reach = row.get("reach", {})
-        cells = [
-            name,
-            str(row["n_episodes"]),
-            format_rate(row["success_once"], row["success_once_ci95"]),
-            ", ".join(f"{100 * rate:.1f}" for rate in row["success_once_per_seed"].values()),
-            *(_thousands(reach.get(f"{level:.0%}", {}).values()) for level in LEVELS),
-            _thousands(row.get("env_steps", {}).values()),
-            _worst(row),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| paired on the same seeds | n | difference, points | only the second, only the first | p (exact McNemar) |",
-    ]
-    lines += ["|---|---|---|---|---|"]
-    for test in results["comparisons"]:
-        low, high = test["difference_ci95"]
-        each = ", ".join(f"{100 * part['difference']:+.1f}" for part in test["per_seed"].values())
-        difference = f"{100 * test['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({each})"
-        counts = f"{test['b_only']}, {test['a_only']}"
-        lines.append(f"| {test['a']} -> {test['b']} | {test['n']} | {difference} | {counts} | {test['p_value']:.2g} |")
     missing = {name: row["missing_seeds"] for name, row in results["arms"].items() if row["missing_seeds"]}
     if missing:
-        lines += ["", "Not finished: " + "; ".join(f"{name}, seeds {seeds}" for name, seeds in missing.items()) + "."]
-    return "\n".join(lines) + "\n"
+        parts.append("Not finished: " + "; ".join(f"{name}, seeds {seeds}" for name, seeds in missing.items()) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+def _success_cells(name: str, row: Mapping[str, Any]) -> tuple[Any, ...]:
+    reach = row.get("reach", {})
+    return (
+        name,
+        row["n_episodes"],
+        format_rate(row["success_once"], row["success_once_ci95"]),
+        ", ".join(f"{100 * rate:.1f}" for rate in row["success_once_per_seed"].values()),
+        *(_thousands(reach.get(f"{level:.0%}", {}).values()) for level in LEVELS),
+        _thousands(row.get("env_steps", {}).values()),
+    )
+
+
+def _test_cells(test: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (
+        f"{test['a']} -> {test['b']}",
+        test["n"],
+        _points(test),
+        ", ".join(f"{100 * part['difference']:+.1f}" for part in test["per_seed"].values()),
+        f"{test['b_only']}, {test['a_only']}",
+        f"{test['p_value']:.2g}",
+        *(f"{_points(part)}, p = {part['p_value']:.2g}" for part in test["per_stage"].values()),
+    )
+
+
+def _points(test: Mapping[str, Any]) -> str:
+    low, high = test["difference_ci95"]
+    return f"{100 * test['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _thousands(values: Any) -> str:

@@ -168,7 +168,7 @@ def compare(
         starts = [start for start in common if start[0] == task]
         found[task] = [outcomes(starts)]
         for index, name in enumerate(stage_names[task]):
-            passed = [[_passed(by[start], index) for start in starts] for by in (first, second)]
+            passed = [[by[start].passed(index) for start in starts] for by in (first, second)]
             found[task].append(Comparison.of(f"passed {name}", *passed))
     return found
 
@@ -190,7 +190,3 @@ def comparison_table(found: Mapping[str, Sequence[Comparison]]) -> str:
 
 def _by_start(episodes: Sequence[PlayedEpisode]) -> dict[Start, EpisodeResult]:
     return {(episode.task, episode.result.seed): episode.result for episode in episodes if not episode.void}
-
-
-def _passed(result: EpisodeResult, stage: int) -> bool:
-    return any(part.stage == stage and part.passed for part in result.segments)

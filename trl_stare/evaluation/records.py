@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ class EpisodeResult:
             truncated=trajectory.truncated,
             segments=segment(plan, trajectory.signals),
         )
+
+    def passed(self, stage: int) -> bool:
+        """Whether it passed the stage of this 0-based index, which an episode that never reached it did not."""
+        return any(part.stage == stage and part.passed for part in self.segments)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> EpisodeResult:
@@ -188,15 +193,23 @@ class PhaseResult:
         }
 
 
-def paired(a: Sequence[EpisodeResult], b: Sequence[EpisodeResult]) -> tuple[list[bool], list[bool]]:
-    """`success_once` of two evaluations of the same seeds, aligned by seed: what a paired test takes.
+def paired(
+    a: Sequence[EpisodeResult],
+    b: Sequence[EpisodeResult],
+    outcome: Callable[[EpisodeResult], bool] = attrgetter("success_once"),
+) -> tuple[list[bool], list[bool]]:
+    """Outcomes of two evaluations of the same seeds, aligned by seed: what a paired test takes.
+
+    Args:
+        a (`Sequence[EpisodeResult]`), b (`Sequence[EpisodeResult]`): the evaluations.
+        outcome (`Callable`): what of an episode is compared, e.g. `lambda episode: episode.passed(0)`.
 
     Raises:
         ValueError: if a seed occurs twice, or the two did not play the same seeds.
     """
     by_seed = []
     for name, episodes in (("a", a), ("b", b)):
-        outcomes = {episode.seed: episode.success_once for episode in episodes}
+        outcomes = {episode.seed: outcome(episode) for episode in episodes}
         if len(outcomes) != len(episodes):
             raise ValueError(f"`{name}` must hold each seed once, got {len(episodes) - len(outcomes)} repeated.")
         by_seed.append(outcomes)
