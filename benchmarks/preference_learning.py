@@ -15,7 +15,7 @@ import json
 import logging
 import random
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ REASONS = ("passed", "cost")
 OPTIONS = (
     *("max_steps", "per_device_train_batch_size", "learning_rate", "step_micro_batch_size", "logging_steps"),
     *("centered", "beta", "cost_coef", "margin_sign", "loss_type", "label_smoothing", "weight_decay", "seed"),
+    "stage_weights",
 )
 DEFAULTS = {"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 1.2e-5, "step_micro_batch_size": 64}
 
@@ -90,9 +91,7 @@ class Arguments:
 
 def main(args: Arguments, config: StageDPOConfig) -> None:
     """Collect, train, evaluate, write; each part once."""
-    given = vars(args) | {
-        name: getattr(config, name) for name in (*DEFAULTS, "centered", "beta", "cost_coef", "loss_type", "seed")
-    }
+    given = vars(args) | {name: getattr(config, name) for name in OPTIONS}
     out, plan = claim_folder(config.output_dir, given, free=()), get_plan(args.task)
     policy = TokenPolicy.from_pretrained(args.checkpoint)
     with closing(make_env(args.task, args.num_envs, chunk_size=policy.chunk_size)) as env:
@@ -225,8 +224,22 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def parse(flags: list[str] | None = None) -> tuple[Arguments, StageDPOConfig]:
+    """The command line, or these flags.
+
+    Raises:
+        ValueError: if a setting of `StageDPOConfig` is given that no arm would be trained with.
+    """
     parser = HfArgumentParser((Arguments, StageDPOConfig))
     parser.set_defaults(**DEFAULTS)
-    main(*parser.parse_args_into_dataclasses())
+    args, config = parser.parse_args_into_dataclasses(flags)
+    usual = StageDPOConfig(config.output_dir, **DEFAULTS)
+    names = [option.name for option in fields(config) if option.init and option.name not in OPTIONS]
+    if ignored := [name for name in names if getattr(config, name) != getattr(usual, name)]:
+        raise ValueError(f"Settings of `StageDPOConfig` must be among {OPTIONS}, got {ignored}. Leave these out.")
+    return args, config
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(*parse())

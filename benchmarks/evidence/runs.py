@@ -51,7 +51,7 @@ class Step:
     @property
     def command(self) -> list[str]:
         """What is run, in the repository's root."""
-        flags = [f"--{name}={value}" for name, value in self.flags.items()]
+        flags = [part for name, value in self.flags.items() for part in _flag(name, value)]
         return [sys.executable, self.script, *flags, f"--output_dir={self.folder / 'training'}"]
 
     @property
@@ -91,6 +91,11 @@ def _preference_step(queue: Queue, arm: Arm, seed: int, model: Path, out: Path, 
         episodes=made / f"{objective}.jsonl",
         done=made / "results.json",
     )
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """Example: `("beta", 1.0)` is `["--beta=1.0"]`, `("stage_weights", [1, 2])` is `["--stage_weights", "1", "2"]`."""
+    return [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
 
 
 def _digest(flags: Mapping[str, Any]) -> str:

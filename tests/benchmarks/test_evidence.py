@@ -16,6 +16,7 @@ from benchmarks.evidence.curves import Point, learning_curve, moving_success, pl
 from benchmarks.evidence.queue import Queue, read_queue  # noqa: E402
 from benchmarks.evidence.results import build_results, markdown  # noqa: E402
 from benchmarks.evidence.runs import Step, run_step, steps_of  # noqa: E402
+from benchmarks.preference_learning import parse  # noqa: E402
 from trl_stare import get_plan  # noqa: E402
 from trl_stare.evaluation import EpisodeResult  # noqa: E402
 from trl_stare.stages import Segment  # noqa: E402
@@ -73,6 +74,32 @@ def test_committed_queues_can_be_read(path):
     queue = read_queue(path)
     assert get_plan(queue.task) and all(arm.start for arm in queue.arms)
     assert path == SMOKE or (queue.eval_episodes >= 300 and all(len(arm.seeds) >= 3 for arm in queue.arms))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_committed_queues_give_flags_that_preference_learning_takes(path, tmp_path):
+    queue = read_queue(path)
+    for arm in queue.arms:
+        for step in steps_of(queue, arm, 0, Path("/start"), tmp_path):
+            if step.script == "benchmarks/preference_learning.py":
+                args, config = parse(step.command[2:])
+                assert {**arm.preference, "seed": 0} == {
+                    name: (vars(args) | vars(config))[name] for name in (*arm.preference, "seed")
+                }
+
+
+def test_a_list_among_the_settings_reaches_the_script(tmp_path):
+    text = "{task: T, start: s, seeds: [0], preference: {stage_weights: [1.0, 8]}, arms: {sta-tpo: }}"
+    queue = read_queue(write(tmp_path, text))
+    (step,) = steps_of(queue, queue.arms[0], 0, Path("/start"), tmp_path)
+    assert parse(step.command[2:])[1].stage_weights == [1.0, 8.0]
+
+
+def test_preference_learning_refuses_what_it_would_not_pass_on(tmp_path):
+    flags = ["--checkpoint=/start", f"--output_dir={tmp_path}"]
+    assert parse([*flags, "--margin_sign=-1"])[1].margin_sign == -1
+    with pytest.raises(ValueError, match=r"must be among .*got \['warmup_steps'\]"):
+        parse([*flags, "--warmup_steps=10"])
 
 
 def test_what_each_method_runs(tmp_path):
