@@ -11,7 +11,15 @@ from benchmarks.evidence.curves import learning_curve, moving_success, steps_to_
 from benchmarks.evidence.queue import Arm, Queue
 from benchmarks.evidence.runs import Step
 from trl_stare import StagePlan
-from trl_stare.evaluation import Comparison, EpisodeResult, Proportion, format_rate, package_versions, paired
+from trl_stare.evaluation import (
+    Comparison,
+    EpisodeResult,
+    Proportion,
+    format_rate,
+    mean_difference,
+    package_versions,
+    paired,
+)
 from trl_stare.evaluation.report import markdown_table
 from trl_stare.stages import stage_success
 
@@ -50,8 +58,8 @@ def compare(a: Episodes, b: Episodes, stages: Sequence[str]) -> dict[str, Any]:
     """`b` against `a` on the same held-out seeds: pooled over the training seeds both have, and for each of them; `per_stage` compares
     who passed a stage, of all episodes, since only what both played can be paired.
 
-    The exact test counts each pair of episodes as independent. Those of different training seeds begin alike, so that the pooled p is
-    somewhat too small where the outcome hangs on the start: read it beside the values of the single seeds.
+    The exact test counts each pair of episodes as independent, which those of one training run are not: two runs of one arm may differ
+    by more than it allows. `over_seeds` is the interval of the mean of the training seeds' differences, `None` for a single one.
     """
     common = [seed for seed in a if seed in b]
 
@@ -60,8 +68,11 @@ def compare(a: Episodes, b: Episodes, stages: Sequence[str]) -> dict[str, Any]:
         return _test(Comparison.of(what, *([x for pair in pairs for x in pair[i]] for i in (0, 1))))
 
     solved = attrgetter("success_once")
+    per_seed = {seed: pooled("success_once", solved, [seed]) for seed in common}
+    differences = [test["difference"] for test in per_seed.values()]
     return pooled("success_once", solved, common) | {
-        "per_seed": {seed: pooled("success_once", solved, [seed]) for seed in common},
+        "per_seed": per_seed,
+        "over_seeds": list(mean_difference(differences)[1:]) if len(common) > 1 else None,
         "per_stage": {
             stage: pooled(f"passed {stage}", methodcaller("passed", index), common)
             for index, stage in enumerate(stages)
@@ -159,7 +170,8 @@ def markdown(results: Mapping[str, Any]) -> str:
                 for name, row in rows.items()
             ],
         ),
-        "Paired on the same seeds, differences in points with 95 % intervals, p of the exact McNemar test:",
+        "Paired on the same seeds, differences in points with 95 % intervals, p of the exact McNemar test, which knows nothing of how "
+        "much training varies; behind the training seeds' differences the interval of their mean (Student's t), which does:",
         markdown_table(
             ("", "n", "success", "of each training seed", "only the second, only the first", "p", *results["stages"]),
             [_test_cells(test) for test in results["comparisons"]],
@@ -188,7 +200,8 @@ def _test_cells(test: Mapping[str, Any]) -> tuple[Any, ...]:
         f"{test['a']} -> {test['b']}",
         test["n"],
         _points(test),
-        ", ".join(f"{100 * part['difference']:+.1f}" for part in test["per_seed"].values()),
+        ", ".join(f"{100 * part['difference']:+.1f}" for part in test["per_seed"].values())
+        + _interval(test["over_seeds"]),
         f"{test['b_only']}, {test['a_only']}",
         f"{test['p_value']:.2g}",
         *(f"{_points(part)}, p = {part['p_value']:.2g}" for part in test["per_stage"].values()),
@@ -196,8 +209,11 @@ def _test_cells(test: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _points(test: Mapping[str, Any]) -> str:
-    low, high = test["difference_ci95"]
-    return f"{100 * test['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * test['difference']:+.1f}{_interval(test['difference_ci95'])}"
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else " [{:+.1f}, {:+.1f}]".format(*(100 * end for end in ends))
 
 
 def _thousands(values: Any) -> str:

@@ -187,7 +187,9 @@ def test_results_by_hand(results):
     paired = tests["ppo", "sta-ppo"]
     # of eight pairs four are solved by StA-PPO alone: p = 2 / 2^4
     assert (paired["n"], paired["b_only"], paired["a_only"], paired["p_value"]) == (8, 4, 0, 0.125)
-    assert [part["difference"] for part in paired["per_seed"].values()] == [0.5, 0.5]
+    assert [part["difference"] for part in paired["per_seed"].values()] == paired["over_seeds"] == [0.5, 0.5]
+    # +1 and +0.5: their mean, 0.75, +- 12.706, of Student's t for two runs, times 0.25
+    assert tests["weak", "sta-ppo"]["over_seeds"] == pytest.approx([0.75 - 3.1766, 0.75 + 3.1766], abs=1e-3)
     # all reach, four more are grasped: p = 2 / 2^3 of three that only StA-PPO passed
     assert [paired["per_stage"][stage]["p_value"] for stage in PLAN.names] == [1.0, 0.25, 0.25, 0.125]
     assert [paired["per_stage"][stage]["difference"] for stage in PLAN.names] == [0.0, 3 / 8, 3 / 8, 0.5]
@@ -197,6 +199,7 @@ def test_the_table_and_the_picture(results, tmp_path):
     text = markdown(results)
     assert "| sta-ppo | 8 | 87.5 % [52.9, 97.8] | 100.0, 75.0 | 2, 2 | 2, 2 | 3, 3 |" in text
     assert "| sta-ppo | 8 | 7 | 7 | 7 | Grasp (12 % of episodes) |" in text
+    assert "| weak -> sta-ppo | 8 | +75.0 " in text and "| +100.0, +50.0 [-242.7, +392.7] | 6, 0 |" in text
     assert "| ppo -> sta-ppo | 8 | +50.0 " in text and "p = 0.25 |" in text and "Not finished" not in text
     plot(tmp_path / "results.png", json.loads(json.dumps(results)))
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")

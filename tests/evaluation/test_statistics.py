@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trl_stare.evaluation import Proportion, mcnemar_exact
+from trl_stare.evaluation import Proportion, mcnemar_exact, mean_difference
 
 Z = 1.959963984540054
 
@@ -76,3 +76,12 @@ def test_agreeing_episodes_do_not_change_the_test():
 def test_mcnemar_refuses_what_is_not_paired(a, b, message):
     with pytest.raises(ValueError, match=message):
         mcnemar_exact(a, b)
+
+
+def test_a_mean_over_training_seeds_by_hand():
+    # Student's t for three runs, 4.303; standard deviation 2, so 2 / sqrt(3) of the mean
+    found = mean_difference([0.01, 0.03, 0.05])
+    assert found == pytest.approx((0.03, 0.03 - 4.3027 * 0.02 / 3**0.5, 0.03 + 4.3027 * 0.02 / 3**0.5), abs=1e-5)
+    assert str(mean_difference([0.12, -0.013])) == "+5.3 points [-79.1, +89.8]"
+    with pytest.raises(ValueError, match="at least two training runs, got 1"):
+        mean_difference([0.1])

@@ -35,6 +35,7 @@ from trl_stare.evaluation.statistics import (
     format_rate,
     holm,
     mcnemar_exact,
+    mean_difference,
     paired_difference,
 )
 from trl_stare.evaluation.suites import SUITES, held_out_starts, suite_tasks
@@ -83,6 +84,7 @@ __all__ = [
     "holm",
     "inspect",
     "mcnemar_exact",
+    "mean_difference",
     "measure_robustness",
     "package_versions",
     "paired",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean, stdev
 from typing import NamedTuple
 
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, t
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,29 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool], confidence: float = 
     low = value - distance(second.rate - low_b, high_a - first.rate)
     high = value + distance(high_b - second.rate, first.rate - low_a)
     return Difference(value, low, high)
+
+
+def mean_difference(differences: Sequence[float], confidence: float = 0.95) -> Difference:
+    """Mean of the differences that several training runs gave, with Student's t interval: what runs with other seeds may give.
+
+    Episodes of one run say nothing of how much training itself varies: two runs with one and the same method may differ by more
+    than any test on their episodes allows.
+
+    Args:
+        differences (`Sequence[float]`): one of each pair of training runs, in [-1, 1].
+        confidence (`float`): of the interval, which does not end at 1.
+
+    Raises:
+        ValueError: if there are fewer than two.
+
+    Example: +12.0 and -1.3 points: +5.3 [-79.1, +89.8]; two training seeds are few.
+    """
+    if len(differences) < 2:
+        raise ValueError(f"`differences` must be of at least two training runs, got {len(differences)}.")
+    value = mean(differences)
+    error = stdev(differences) / math.sqrt(len(differences))
+    margin = float(t.ppf((1 + confidence) / 2, len(differences) - 1)) * error
+    return Difference(value, value - margin, value + margin)
 
 
 def episodes_needed(discordant: float, difference: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
