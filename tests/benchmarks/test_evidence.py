@@ -190,7 +190,7 @@ def test_results_by_hand(results):
     assert [part["difference"] for part in paired["per_seed"].values()] == paired["over_seeds"] == [0.5, 0.5]
     # +1 and +0.5: their mean, 0.75, +- 12.706, of Student's t for two runs, times 0.25
     assert tests["weak", "sta-ppo"]["over_seeds"] == pytest.approx([0.75 - 3.1766, 0.75 + 3.1766], abs=1e-3)
-    # all reach, four more are grasped: p = 2 / 2^3 of three that only StA-PPO passed
+    # all reach; of Grasp and Transport three more, all of them StA-PPO alone: p = 2 / 2^3
     assert [paired["per_stage"][stage]["p_value"] for stage in PLAN.names] == [1.0, 0.25, 0.25, 0.125]
     assert [paired["per_stage"][stage]["difference"] for stage in PLAN.names] == [0.0, 3 / 8, 3 / 8, 0.5]
 
