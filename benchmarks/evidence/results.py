@@ -12,13 +12,14 @@ from benchmarks.evidence.queue import Arm, Queue
 from benchmarks.evidence.runs import Step
 from trl_stare import StagePlan
 from trl_stare.evaluation import (
-    Comparison,
     EpisodeResult,
     Proportion,
     format_rate,
+    mcnemar_exact,
     mean_difference,
     package_versions,
     paired,
+    paired_difference,
 )
 from trl_stare.evaluation.report import markdown_table
 from trl_stare.stages import stage_success
@@ -28,6 +29,8 @@ LEVELS = (0.5, 0.8)
 
 Episodes = Mapping[int, Sequence[EpisodeResult]]
 """Training seed -> evaluation."""
+
+SOLVED = attrgetter("success_once")
 
 
 def summarise(episodes: Episodes, plan: StagePlan) -> dict[str, Any]:
@@ -62,31 +65,21 @@ def compare(a: Episodes, b: Episodes, stages: Sequence[str]) -> dict[str, Any]:
     by more than it allows. `over_seeds` is the interval of the mean of the training seeds' differences, `None` for a single one.
     """
     common = [seed for seed in a if seed in b]
-
-    def pooled(what: str, outcome: Callable[[EpisodeResult], bool], seeds: Sequence[int]) -> dict[str, Any]:
-        pairs = [paired(a[seed], b[seed], outcome) for seed in seeds]
-        return _test(Comparison.of(what, *([x for pair in pairs for x in pair[i]] for i in (0, 1))))
-
-    solved = attrgetter("success_once")
-    per_seed = {seed: pooled("success_once", solved, [seed]) for seed in common}
+    per_seed = {seed: _test(a, b, [seed], SOLVED) for seed in common}
     differences = [test["difference"] for test in per_seed.values()]
-    return pooled("success_once", solved, common) | {
+    return _test(a, b, common, SOLVED) | {
         "per_seed": per_seed,
         "over_seeds": list(mean_difference(differences)[1:]) if len(common) > 1 else None,
-        "per_stage": {
-            stage: pooled(f"passed {stage}", methodcaller("passed", index), common)
-            for index, stage in enumerate(stages)
-        },
+        "per_stage": {stage: _test(a, b, common, methodcaller("passed", k)) for k, stage in enumerate(stages)},
     }
 
 
-def _test(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "n": comparison.a.n,
-        "difference": comparison.difference.value,
-        "difference_ci95": [comparison.difference.low, comparison.difference.high],
-        **comparison.test._asdict(),
-    }
+def _test(a: Episodes, b: Episodes, seeds: Sequence[int], outcome: Callable[[EpisodeResult], bool]) -> dict[str, Any]:
+    pairs = [paired(a[seed], b[seed], outcome) for seed in seeds]
+    first, second = ([x for pair in pairs for x in pair[i]] for i in (0, 1))
+    value, low, high = paired_difference(first, second)
+    test = mcnemar_exact(first, second)
+    return {"n": len(first), "difference": value, "difference_ci95": [low, high], **test._asdict()}
 
 
 def learning(queue: Queue, steps: Mapping[int, Sequence[Step]], first_stage: str) -> dict[str, Any]:
