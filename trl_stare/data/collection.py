@@ -55,15 +55,12 @@ def collect_dataset(
     """Play seeds from `first_seed` on until `folder` holds `episodes` episodes; continue what is there.
 
     The dataset holds every seed's episodes one after another: with `episodes_per_seed` 3, rows 0 to 2 are of `first_seed`,
-    rows 3 to 5 of the next. Each is there exactly once, however often the collection was interrupted. Which random numbers
-    an episode gets depends on the episodes it was played beside, and so on the interruptions, on `env.num_envs` and on
-    the number of its workers (a policy samples for all environments at once); a call that is not interrupted gives the
-    same dataset every time.
+    rows 3 to 5 of the next. Each is there exactly once, however often the collection was interrupted. Its randomness depends
+    on what it was played beside (interruptions, `env.num_envs`, workers): only an uninterrupted call repeats itself exactly.
 
     Args:
         env (`VectorEnv`): where.
-        make_actor (`Callable`): given a generator, who acts; asked once per block of episodes, so that a block depends on
-            `seed` and its own seeds only.
+        make_actor (`Callable`): given a generator, who acts; asked once per block of episodes.
         folder (`str` or `Path`): the dataset; while unfinished, its episodes lie beside it in `.{folder}.partial`.
         plan ([`StagePlan`]): labels the stages.
         episodes (`int`): how many; more than before extends a finished collection.
@@ -72,7 +69,7 @@ def collect_dataset(
         seed (`int`): of the actors' randomness.
         successes_only (`bool`): keep successful episodes only, and play as many seeds as that takes.
         name (`str`): who acted, as stored.
-        settings (`Mapping`, *optional*): what else the episodes depend on; stored with them beside `env.metadata`.
+        settings (`Mapping`, *optional*): what else the episodes depend on; stored with them.
         on_open (`Callable`, *optional*): told how many episodes are there already.
         on_episode (`Callable`, *optional*): told of every episode that was kept (a progress bar).
 
@@ -80,33 +77,31 @@ def collect_dataset(
         `Path`: `folder`, which [`load_trajectories`] and `datasets.load_dataset` read.
 
     Raises:
-        ValueError: if `episodes` or `episodes_per_seed` is not positive, several episodes per seed are asked for with
-            `successes_only`, or what is there was collected with other settings.
+        ValueError: for numbers that are not positive, several episodes per seed with `successes_only`, or other settings than
+            those that `folder` was collected with.
         RuntimeError: if fewer than one episode in twenty succeeds with `successes_only`.
     """
     _check_counts(episodes, episodes_per_seed, successes_only)
-    folder = Path(folder)
-    given = {"policy": name, "first_seed": first_seed, "seed": seed}
-    given |= {"successes_only": successes_only, "episodes_per_seed": episodes_per_seed}
-    ledger = _Ledger(folder, dict(env.metadata) | {"collection": given | dict(settings or {})})
-
+    own = {"policy": name, "first_seed": first_seed, "seed": seed, "successes_only": successes_only}
+    own |= {"episodes_per_seed": episodes_per_seed} | dict(settings or {})
+    ledger = _Ledger(Path(folder), dict(env.metadata) | {"collection": own})
     if on_open is not None:
         on_open(len(ledger.kept))
     while keys := ledger.missing(episodes, at_least=env.num_envs)[:BLOCK_EPISODES]:
-        if len(ledger.played) >= MOST_TRIES * episodes + env.num_envs:
-            raise RuntimeError(
-                f"`{folder}`: only {len(ledger.kept)} of {len(ledger.played)} episodes succeeded. Lower the noise, or keep all."
-            )
-        entropy = int(np.random.SeedSequence([seed, *keys[0]]).generate_state(1)[0])
-        actor = make_actor(torch.Generator().manual_seed(entropy))
+        actor = make_actor(_generator(seed, keys[0]))
         for index, trajectory in stream(env, actor, [key.seed for key in keys], name=name):
-            kept = trajectory.success_once or not successes_only
-            ledger.add(keys[index], trajectory, plan, kept=kept)
+            kept = ledger.add(keys[index], trajectory, plan)
             if kept and on_episode is not None:
                 on_episode(trajectory)
     if ledger.single:
         ledger.merge(episodes)
-    return folder
+    return ledger.folder
+
+
+def _generator(seed: int, first: Key) -> torch.Generator:
+    """The random numbers of the block of episodes that begins with `first`."""
+    entropy = int(np.random.SeedSequence([seed, *first]).generate_state(1)[0])
+    return torch.Generator().manual_seed(entropy)
 
 
 def _check_counts(episodes: int, episodes_per_seed: int, successes_only: bool) -> None:
@@ -163,6 +158,9 @@ class _Ledger:
 
         Of successes nobody knows how many seeds they take: seeds that were left out, and new ones for as many episodes as
         are missing, and `at_least` so many that all environments are busy, as idle ones cost as much.
+
+        Raises:
+            RuntimeError: if so many were played for so few successes that there is no hope of more.
         """
         played = self.played
         if not self.selects:
@@ -171,14 +169,19 @@ class _Ledger:
         end = max((key.seed + 1 for key in played), default=self.first_seed)
         left_out = [key for seed in range(self.first_seed, end) if (key := Key(seed, 0)) not in played]
         wanted = episodes - len(self.kept)
+        if wanted > 0 and len(played) >= MOST_TRIES * episodes + at_least:
+            raise RuntimeError(
+                f"`{self.folder}`: only {len(self.kept)} of {len(played)} episodes succeeded. Lower the noise, or keep all."
+            )
         new = max(wanted, at_least) - len(left_out) if wanted > 0 else 0
         return left_out + [Key(seed, 0) for seed in range(end, end + new)]
 
-    def add(self, key: Key, trajectory: Trajectory, plan: StagePlan, *, kept: bool) -> None:
-        """Write a finished episode, all or nothing, or note that its seed was played in vain."""
+    def add(self, key: Key, trajectory: Trajectory, plan: StagePlan) -> bool:
+        """Write a finished episode, all or nothing, or note that its seed was played in vain; whether it is kept."""
         if not self.partial.exists():
             self.partial.mkdir(parents=True)
             (self.partial / "settings.json").write_text(json.dumps(self.metadata))
+        kept = trajectory.success_once or not self.selects
         if kept:
             save_trajectories([trajectory], self._file_of(key), plan, metadata=self.metadata)
             self.single.add(key)
@@ -186,6 +189,7 @@ class _Ledger:
             with open(self._vain, "a") as file:
                 file.write(f"{key.seed}\n")
             self.in_vain.add(key)
+        return kept
 
     def merge(self, episodes: int) -> None:
         """Make one dataset of the first `episodes` episodes, those merged before first, and tidy up."""

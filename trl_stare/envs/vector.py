@@ -43,19 +43,18 @@ def make_env(
     Args:
         task (`str`): a registered name, e.g. `"StackCube-v1"`.
         num_envs (`int`): `N`.
-        num_workers (`int`, *optional*): processes that share the environments; default one per core on the CPU (at most
-            `num_envs`). 0 keeps them in this process, as does CUDA, where ManiSkill's GPU simulation is used.
+        num_workers (`int`, *optional*): processes that share the environments; default one per core on the CPU. 0 keeps them in
+            this process, as does CUDA, where ManiSkill's GPU simulation is used.
         chunk_size (`int`): `C`, environment steps per decision.
-        image_size (`int`, *optional*): height and width of the images, pixels. Default is the task's own: 64 for the
-            Panda's tasks, 480 x 640 for SimplerEnv's. Square images of the latter are the whole picture, squashed, as
-            OpenVLA's preprocessing makes them.
+        image_size (`int`, *optional*): height and width of the images, pixels. Default is the task's own: 64 for the Panda's,
+            480 x 640 for SimplerEnv's. Square images of the latter are the whole picture, squashed, as OpenVLA's are.
         visuals (`str`, *optional*): `"light"` (default on the CPU) or `"stock"` (default on CUDA, and for SimplerEnv's tasks).
         device (`str`, *optional*): `"cpu"` or `"cuda"`; default is what the machine has and the task can use.
         variation (`str`, *optional*): one change of the task, e.g. `"camera/shift"`; see [`known_variations`]. All but those of
             the instruction need `device="cpu"`, where every episode has a scene of its own.
         step_timeout (`float`): seconds for one decision of a worker; one that takes longer hangs and is replaced.
-        max_restarts (`int`): how often a worker that dies or hangs is replaced in one rollout (from `reset` to `reset`). The
-            episodes it was playing go on exactly where they were.
+        max_restarts (`int`): how often a worker that dies or hangs is replaced from one `reset` to the next. The episodes it was
+            playing go on exactly where they were.
         memory_growth (`float`): GiB by which a worker may grow before it is replaced, when an episode has ended.
 
     Raises:
@@ -73,31 +72,17 @@ def make_env(
     ```
     """
     spec, varied = get_simulated_task(task), None if variation in (None, NOMINAL) else get_variation(variation)
-    if find_spec("mani_skill") is None:
-        raise ImportError("`make_env` needs ManiSkill. Run: pip install 'trl-stare[maniskill]'")
     device = device or ("cuda" if spec.gpu_simulation and torch.cuda.is_available() else "cpu")
     visuals = resolve_visuals("stock" if visuals is None and not spec.light_visuals else visuals, device)
     _check_device(spec, varied, device, visuals)
     if num_workers is None:
         num_workers = 0 if device == "cuda" else min(num_envs, len(os.sched_getaffinity(0)))
-    _check_sizes(num_envs, num_workers, chunk_size, image_size)
-    _check_limits(step_timeout=step_timeout, max_restarts=max_restarts, memory_growth=memory_growth)
-    from trl_stare.envs.maniskill import check_assets
-
-    check_assets(spec)
-    return WorkerVectorEnv(
-        spec,
-        num_envs=num_envs,
-        num_workers=num_workers,
-        chunk_size=chunk_size,
-        image_size=image_size,
-        visuals=visuals,
-        device=device,
-        variation=varied,
-        step_timeout=step_timeout,
-        max_restarts=max_restarts,
-        memory_growth=memory_growth,
-    )
+    sizes = {"num_envs": num_envs, "num_workers": num_workers, "chunk_size": chunk_size, "image_size": image_size}
+    limits = {"step_timeout": step_timeout, "max_restarts": max_restarts, "memory_growth": memory_growth}
+    _check_sizes(**sizes)
+    _check_limits(**limits)
+    _check_simulator(spec)
+    return WorkerVectorEnv(spec, **sizes, visuals=visuals, device=device, variation=varied, **limits)
 
 
 class WorkerVectorEnvPart:
@@ -292,6 +277,14 @@ def _check_device(spec: SimulatedTask, varied: Variation | None, device: str, vi
         )
     if device == "cuda" and varied is not None and varied.changes_scene:
         raise ValueError(f"`device` must be 'cpu' for variation {varied.name!r}, got 'cuda'. Say `device='cpu'`.")
+
+
+def _check_simulator(spec: SimulatedTask) -> None:
+    if find_spec("mani_skill") is None:
+        raise ImportError("`make_env` needs ManiSkill. Run: pip install 'trl-stare[maniskill]'")
+    from trl_stare.envs.maniskill import check_assets
+
+    check_assets(spec)
 
 
 def _check_sizes(num_envs: int, num_workers: int, chunk_size: int, image_size: int | None) -> None:
