@@ -85,7 +85,7 @@ def test_reference_scores_are_taken_along():
         (EPISODES, replace(PAIRS[0], chosen=9), "refer to the 4 trajectories, got 9 in pair 0"),
         (EPISODES, replace(PAIRS[0], seed=1), "must be of"),
         (EPISODES, replace(PAIRS[0], rejected=2), "must be of"),
-        (EPISODES, replace(PAIRS[0], chosen_start=3, chosen_stop=4), "none on the chosen side of pair 0"),
+        (EPISODES, replace(PAIRS[0], chosen_start=3, chosen_stop=3), "none on the chosen side of pair 0"),
         ([replace(EPISODES[0], trace=None), EPISODES[1]], PAIRS[0], "must have a trace"),
     ],
 )

@@ -121,17 +121,26 @@ CASES = {
         [],
         {"Reach": counts(), "Finish": counts()},
     ),
-    "a segment between two decisions has nothing to learn from": (
+    "a segment between two decisions is of the decision under way": (
         [STUCK, episode([1.0, 0.5, 0.0, 0.0], [1.0, 1.0, 1.0, 0.5], success_at=3, starts=(0,))],
-        [],
-        {"Reach": counts(gap_too_small=1), "Finish": counts(no_decision=1)},
+        [("Finish", 1, 0, (2, 3), (2, 4), "passed")],
+        {"Reach": counts(gap_too_small=1), "Finish": counts(made=1)},
     ),
-    "an empty segment too": (
+    "an empty segment has nothing to learn from": (
         [LOST, episode([0.0, 0.0], [1.0, 1.0])],
         [],
         {"Reach": counts(no_decision=1), "Finish": counts(not_reached=1)},
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "decisions"),
+    [(0, 5, [0, 1, 2]), (0, 2, [0]), (2, 4, [1]), (1, 3, [0, 1]), (3, 4, [1]), (4, 5, [2]), (1, 1, []), (2, 2, [])],
+)
+def test_every_decision_that_acts_in_a_slice_belongs_to_it(start, stop, decisions):
+    """Steps 0 to 4, decisions of two steps, the last of one."""
+    assert episode([1.0] * 6, [1.0] * 6).decisions_in(start, stop).tolist() == decisions
 
 
 @pytest.mark.parametrize("case", CASES)

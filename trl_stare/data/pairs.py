@@ -78,7 +78,7 @@ def build_pairs(
 
     A pair of stage k is made only if both episodes reached it, i.e. passed stage k - 1. Preferred is the one that
     passed stage k; if both did, the one of lower cost, if the costs differ by the gap at least. Each side must hold a
-    decision. So there are pairs even where no episode succeeds.
+    decision ([`Trajectory.decisions_in`]). So there are pairs even where no episode succeeds.
 
     Args:
         trajectories (`Sequence[Trajectory]`): episodes of the plan's task, several per seed.

@@ -80,8 +80,12 @@ class Trajectory:
         return bool(self.signals["success"][-1])
 
     def decisions_in(self, start: int, stop: int) -> Tensor:
-        """Indices of the decisions taken in the half-open slice `[start, stop)` of environment steps.
+        """Indices of the decisions that act in the half-open slice `[start, stop)` of environment steps.
 
-        Example: with `starts = [0, 4, 8]`, `decisions_in(4, 9)` is `[1, 2]`.
+        The decision under way at `start` is one of them: of a stage that passes quickly it is often the only one.
+
+        Example: with `starts = [0, 4, 8]`, `decisions_in(4, 9)` is `[1, 2]`, `decisions_in(6, 8)` is `[1]`, and an empty
+        slice has none.
         """
-        return torch.nonzero((self.starts >= start) & (self.starts < stop)).flatten()
+        bounds = self.bounds
+        return torch.nonzero((bounds[1:] > start) & (bounds[:-1] < stop) & (start < stop)).flatten()
