@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trl_stare.evaluation import Proportion, mcnemar_exact, mean_difference
+from trl_stare.evaluation import Proportion, mcnemar_exact, mean_difference, runs_needed
 
 Z = 1.959963984540054
 
@@ -85,3 +85,15 @@ def test_a_mean_over_training_seeds_by_hand():
     assert str(mean_difference([0.12, -0.013])) == "+5.3 points [-79.1, +89.8]"
     with pytest.raises(ValueError, match="at least two training runs, got 1"):
         mean_difference([0.1])
+
+
+@pytest.mark.parametrize(("effect", "runs"), [(0.5, 34), (0.8, 15), (1.0, 10), (2.0, 5), (0.01, 78_491)])
+def test_runs_needed_are_those_of_a_power_table(effect, runs):
+    """Paired t test, two-sided, 5 %, power 80 % (G*Power 3); for small effects the normal approximation, 7.849 / effect^2 + 2."""
+    assert runs_needed(0.06, 0.06 * effect) == runs_needed(0.06, -0.06 * effect) == pytest.approx(runs, rel=1e-4)
+
+
+@pytest.mark.parametrize(("spread", "difference"), [(0.0, 0.1), (0.1, 0.0)])
+def test_runs_needed_of_nothing(spread, difference):
+    with pytest.raises(ValueError, match="`spread` must be positive and `difference` not 0"):
+        runs_needed(spread, difference)

@@ -82,6 +82,12 @@ def test_the_same_command_gives_the_same_bytes_and_no_difference(checkpoint, tmp
     recipe.main(recipe.parse())
     assert "not distinguishable at n = 4, and no difference was seen" in (tmp_path / "ab.md").read_text()
 
+    a, b = tmp_path / "a", tmp_path / "b"
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, [a, b, "--with", b, a, "--output", tmp_path / "runs.md"])])
+    recipe.main(recipe.parse())
+    written = (tmp_path / "runs.md").read_text()
+    assert f"- A: {checkpoint} ({b})" in written and "not distinguishable over 2 training runs" in written
+
 
 def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_path, monkeypatch):
     flags = ["--model", checkpoint, "--task", TASK, "--episodes", 2, "--num_envs", 2, "--num_workers", 1]
@@ -105,6 +111,20 @@ def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_p
     monkeypatch.setattr(sys, "argv", ["compare", *map(str, folders)])
     with pytest.raises(ValueError, match="got other variation: .*nominal.*action/latency"):
         recipe.main(recipe.parse())
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["a"], "must be two folders, got 1"),
+        (["a", "b", "--with", "c"], "as many folders as there are before it, 2, got 1"),
+    ],
+)
+def test_folders_that_cannot_be_paired_are_refused(folders, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare", *folders])
+    with pytest.raises(SystemExit):
+        load("compare").parse()
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

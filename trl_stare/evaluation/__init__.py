@@ -37,8 +37,10 @@ from trl_stare.evaluation.statistics import (
     mcnemar_exact,
     mean_difference,
     paired_difference,
+    runs_needed,
 )
 from trl_stare.evaluation.suites import SUITES, held_out_starts, suite_tasks
+from trl_stare.evaluation.training_runs import RunsComparison, compare_runs, runs_table
 from trl_stare.evaluation.videos import (
     Replay,
     film_episode,
@@ -58,6 +60,7 @@ __all__ = [
     "RULES",
     "SUITES",
     "Comparison",
+    "RunsComparison",
     "Difference",
     "EpisodeResult",
     "McNemar",
@@ -72,6 +75,9 @@ __all__ = [
     "check_comparable",
     "compare",
     "comparison_table",
+    "compare_runs",
+    "runs_table",
+    "runs_needed",
     "episodes_needed",
     "eval_results",
     "eval_table",

@@ -183,7 +183,8 @@ def comparison_table(found: Mapping[str, Sequence[Comparison]]) -> str:
     ]
     note = (
         "In brackets: 95 % intervals, Wilson's of the rates and Newcombe's of the paired difference (1998, method 10). p: exact "
-        "McNemar test, two-sided, of each row by itself. Episodes needed: Connor (1987), for 80 % power."
+        "McNemar test, two-sided, of each row by itself. Episodes needed: Connor (1987), for 80 % power. All this is of two checkpoints: "
+        "what a method gives varies from one training run to the next, compare several of each (`--with`)."
     )
     return f"{markdown_table(header, rows)}\n\n{note}"
 
