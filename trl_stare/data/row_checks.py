@@ -20,12 +20,11 @@ MAY_BE_NULL = ("trace", "logps")
 
 
 class Episode(NamedTuple):
-    """What pairs refer to: a valid row of trajectories without its tensors; `starts` are the decisions' steps."""
+    """What pairs refer to: a valid row of trajectories without its tensors."""
 
     task: str
     instruction: str
     seed: int
-    starts: tuple[int, ...]
     num_steps: int
     stage_names: tuple[str, ...]
     segments: tuple[Segment, ...]
@@ -38,7 +37,6 @@ def episode_of(cells: Mapping[str, Any]) -> Episode:
         task=cells["task"],
         instruction=cells["instruction"],
         seed=cells["seed"],
-        starts=tuple(cells["starts"].tolist()),
         num_steps=len(cells["actions"]),
         stage_names=tuple(cells["stage_names"]),
         segments=tuple(Segment(**part) for part in cells["segments"]),
@@ -228,8 +226,6 @@ def _slice_problems(pair: StagePair, side: str, episode: Episode, recorded: Segm
         yield f"{columns} must lie in [0, {episode.num_steps}], got {found}"
     elif start == stop:
         yield f"{columns} must not be empty, got {found}"
-    elif not any(start <= step < stop for step in episode.starts):
-        yield f"{columns} must hold a decision, got none in {found}"
     if recorded is None:
         yield f"stage {pair.stage} must have been reached by the {side} trajectory"
         return

@@ -33,6 +33,10 @@ class InvalidDatasetError(ValueError):
             lines.append(f"- and {len(self.problems) - MOST_SHOWN} more, see `problems`")
         super().__init__("\n".join([f"the dataset must be without problems, got {len(self.problems)}:", *lines]))
 
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
+        """From another process it comes with its problems: an exception is otherwise made anew from its text."""
+        return type(self), (self.problems,)
+
 
 def validate_dataset(trajectories_folder: str | Path, preferences_folder: str | Path | None = None) -> None:
     """Read every row and image of a dataset and raise one error with all that is wrong.
