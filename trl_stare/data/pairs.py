@@ -188,7 +188,7 @@ def _compare(
     parts = {index: cuts[index][stage] for index in (first, second)}
     if not any(part.passed for part in parts.values()):
         return "both_failed"
-    if not all(len(trajectories[index].decisions_in(part.start, part.stop)) for index, part in parts.items()):
+    if any(part.start == part.stop for part in parts.values()):  # one step is enough: some decision acts in it
         return "no_decision"
     # passing comes before cost
     chosen, rejected = sorted(parts, key=lambda index: (not parts[index].passed, parts[index].cost))

@@ -43,8 +43,8 @@ def make_env(
     Args:
         task (`str`): a registered name, e.g. `"StackCube-v1"`.
         num_envs (`int`): `N`.
-        num_workers (`int`, *optional*): processes that share the environments; default one per core on the CPU. 0 keeps them in
-            this process, as does CUDA, where ManiSkill's GPU simulation is used.
+        num_workers (`int`, *optional*): processes that share the environments; default one per core on the CPU (at most
+            `num_envs`). 0 keeps them in this process, as does CUDA, where ManiSkill's GPU simulation is used.
         chunk_size (`int`): `C`, environment steps per decision.
         image_size (`int`, *optional*): height and width of the images, pixels. Default is the task's own: 64 for the Panda's,
             480 x 640 for SimplerEnv's. Square images of the latter are the whole picture, squashed, as OpenVLA's are.
