@@ -38,7 +38,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from trl_stare import StagePlan, StagePPOConfig, StagePPOTrainer, TokenPolicy, get_plan, make_env
+from trl_stare import StagePPOConfig, StagePPOTrainer, TokenPolicy, get_plan, make_env
 from trl_stare.data import load_trajectories, save_trajectories
 from trl_stare.data.rollout import play
 from trl_stare.data.trajectory import Trajectory
@@ -55,8 +55,6 @@ FIRST_SEED = 600_000
 """Beyond all seeds that recipes train, compare or evaluate on."""
 ROWS = 1024
 """Decisions of one backward pass."""
-SCALE = "scale_factor"
-"""The one setting that is not the trainer's: what every `L_k` of the plan's potential is multiplied by."""
 SETTINGS = Path(__file__).with_name("gradient_signal.yaml")
 
 
@@ -107,14 +105,6 @@ class Rollouts:
         return replace(trajectory, features=evaluation.features)
 
 
-def scaled(plan: StagePlan, factor: float) -> StagePlan:
-    """The same stages with every `L_k` of the potential times `factor`: below 1 it rises more steeply close to a stage's end. Costs stay."""
-    stages = (
-        replace(stage, scale=factor * stage.scale, cost_scale=stage.cost_scale or stage.scale) for stage in plan.stages
-    )
-    return replace(plan, stages=tuple(stages))
-
-
 def measure(
     settings: Mapping[str, Any], args: argparse.Namespace, rollouts: Rollouts, folder: Path
 ) -> dict[str, Tensor]:
@@ -123,10 +113,8 @@ def measure(
     set_seed(0)  # of the critic's first weights
     fixed = {"num_train_epochs": args.warmup, "value_warmup_iterations": args.warmup, "temperature": args.temperature}
     fixed |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 12}
-    own = {name: value for name, value in settings.items() if name != SCALE}
-    config = StagePPOConfig.preset("small-cpu", str(folder), **fixed | own)
-    plan = scaled(rollouts.plan, settings.get(SCALE, 1.0))
-    trainer = Replay(rollouts, policy, config, rollouts.env, plan, Dataset.from_dict({"seed": [0]}))
+    config = StagePPOConfig.preset("small-cpu", str(folder), **fixed | settings)
+    trainer = Replay(rollouts, policy, config, rollouts.env, rollouts.plan, Dataset.from_dict({"seed": [0]}))
     trainer.train()
     trainer.model.eval()
     found: dict[str, list[Tensor]] = {"gradients": [], "explained": []}
@@ -230,7 +218,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--task", default="StackCube-v1")
-    parser.add_argument("--config", type=Path, default=SETTINGS, help=f"name -> fields of StagePPOConfig, and {SCALE}")
+    parser.add_argument("--config", type=Path, default=SETTINGS, help="name -> fields of StagePPOConfig")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--episodes", type=int, default=256, help="of a batch")
     parser.add_argument("--batches", type=int, default=8, help="whose gradients are compared")

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gradient_signal import SCALE, SETTINGS, agreement, between, compare, gain, jackknife, markdown, scaled  # noqa: E402
-from trl_stare import Stage, StagePlan, StagePPOConfig, TokenPolicy  # noqa: E402
-from trl_stare.stages import succeeded  # noqa: E402
+from benchmarks.gradient_signal import SETTINGS, agreement, between, compare, gain, jackknife, markdown  # noqa: E402
+from trl_stare import StagePPOConfig, TokenPolicy  # noqa: E402
 
 
 def test_products_of_different_batches_by_hand():
@@ -63,20 +61,7 @@ def test_a_setting_is_compared_along_the_first_and_with_the_second():
 @pytest.mark.parametrize("name", yaml.safe_load(SETTINGS.read_text()))
 def test_every_setting_is_one_of_the_trainer(name, tmp_path):
     settings = yaml.safe_load(SETTINGS.read_text())[name]
-    assert settings.pop(SCALE, 1.0) > 0
     StagePPOConfig.preset("small-cpu", str(tmp_path), **settings)
-
-
-def test_a_smaller_scale_makes_the_potential_steeper_and_changes_no_cost():
-    stage = Stage(
-        name="A", done=lambda s: s["x"][..., 0] <= 0, distance=lambda s: s["x"][..., 0], scale=0.4, reads=("x",)
-    )
-    plan = StagePlan("Toy-v1", (stage, replace(stage, name="B", done=succeeded, reads=("x", "success"))))
-    row = {"x": torch.tensor([[0.4]]), "success": torch.tensor([False])}
-    for factor, argument in ((1.0, 0.0), (0.25, -3.0)):  # one L_k, four L_k away
-        expected = torch.tensor(argument).sigmoid() / torch.tensor(1.0).sigmoid() / 2
-        assert scaled(plan, factor).potential(row).item() == pytest.approx(expected.item())
-        assert scaled(plan, factor).costs(row).tolist() == [[1.0, 1.0]]
 
 
 def test_it_measures_a_checkpoint_and_continues(tmp_path):
@@ -95,7 +80,9 @@ def test_it_measures_a_checkpoint_and_continues(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     first = tmp_path / "out" / "settings" / "hidden" / "measured.safetensors"
     written = first.stat().st_mtime_ns
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings | {"sta-ppo": {SCALE: 0.5}}, sort_keys=False))
+    (tmp_path / "settings.yaml").write_text(
+        yaml.safe_dump(settings | {"sta-ppo": {"potential_scale": 0.5}}, sort_keys=False)
+    )
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     results = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
     assert list(results) == ["success", "hidden", "sta-ppo"] and first.stat().st_mtime_ns == written

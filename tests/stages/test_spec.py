@@ -122,6 +122,22 @@ def test_scales_are_positive_and_finite(field, value):
         Stage(name="Walk", done=succeeded, distance=lambda s: s["gap"], reads=("gap",), **arguments)
 
 
+@pytest.mark.parametrize(("factor", "nearness"), [(1.0, 0.0), (0.25, -3.0), (4.0, 0.75)])
+def test_a_smaller_scale_makes_the_potential_steeper_and_changes_nothing_else(factor, nearness):
+    """One `L_k` from the end of the first of three stages: `1 - d / L` is 0, -3 and 0.75."""
+    plan, row = PLAN.rescaled(factor), make_signals(gap=[0.5], here=[0], success=[0])
+    expected = 1 / (1 + math.exp(-nearness)) * (1 + math.exp(-1)) / 3
+    assert plan.potential(row).item() == pytest.approx(expected)
+    for name in ("costs", "distances", "events", "current_stage"):
+        assert torch.equal(getattr(plan, name)(SIGNALS), getattr(PLAN, name)(SIGNALS)), name
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])
+def test_a_factor_is_positive_and_finite(factor):
+    with pytest.raises(ValueError, match="`factor` must be positive and finite"):
+        PLAN.rescaled(factor)
+
+
 def test_validate_signals_names_missing_and_known():
     PLAN.validate_signals(("gap", "here", "success", "other"))
     with pytest.raises(ValueError, match=r"\['here'\] are missing; known are \['gap', 'success'\]"):

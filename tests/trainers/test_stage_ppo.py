@@ -140,6 +140,7 @@ def test_the_checkpoint_is_a_plain_policy_folder_and_the_critic_lies_beside_it(t
         ({"critic": "oracle"}, "`critic` must be one of"),
         ({"temperature": 0.0}, "`temperature` must be positive"),
         ({"potential_form": "linear"}, "`potential_form` must be one of"),
+        ({"potential_scale": 0.0}, "`potential_scale` must be positive"),
         ({"critic": "hidden", "bootstrap_on_truncation": False}, "needs a critic that knows the time"),
     ],
 )

@@ -38,7 +38,7 @@ def make_batch(trainer: StagePPOTrainer, trajectories: Sequence[Trajectory]) -> 
     rewards = [
         decision_rewards(
             trajectory,
-            plan,
+            trainer.shaping_plan,
             gamma=args.gamma,
             weight=args.shaping_weight if args.stage_aware else 0.0,
             form=args.potential_form,

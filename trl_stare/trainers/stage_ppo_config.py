@@ -28,6 +28,7 @@ _POSITIVE = (
     "huber_delta",
     "target_kl",
     "temperature",
+    "potential_scale",
     "reset_pool_size",
     "max_skipped_updates",
 )
@@ -107,6 +108,9 @@ class StagePPOConfig(_BaseConfig):
             Shape the reward by stages. `False` is plain PPO, nothing else changed.
         shaping_weight (`float`, defaults to `0.5`), potential_form (`str`, defaults to `"staged"`):
             Weight and form of the shaping, see [`StagePlan.potential`].
+        potential_scale (`float`, defaults to `1.0`):
+            What every `L_k` of the plan is multiplied by for the potential, see [`StagePlan.rescaled`]. Below 1 coming nearer to a
+            stage's end is worth more, against passing it.
         final_potential (`str`, defaults to `"zero"`):
             The potential after the end of an episode. `"zero"` changes no optimal policy and, with an exact critic, not even an
             update. `"kept"` pays each episode for the stage it ended in, `shaping_weight` for a solved one: progress counts also
@@ -162,6 +166,9 @@ class StagePPOConfig(_BaseConfig):
     stage_aware: bool = field(default=True, metadata={"help": "Shape the reward by stages; False is plain PPO."})
     shaping_weight: float = field(default=0.5, metadata={"help": "Weight of the shaping."})
     potential_form: str = field(default="staged", metadata={"help": f"Form of the potential: {POTENTIAL_FORMS}."})
+    potential_scale: float = field(
+        default=1.0, metadata={"help": "What every scale `L_k` of the potential is multiplied by; below 1 is steeper."}
+    )
     final_potential: str = field(
         default="zero", metadata={"help": f"The potential after an episode's end: {FINAL_POTENTIALS}."}
     )

@@ -92,6 +92,7 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         check_reward(args.reward, env.signal_names, env.task)
         refuse_fsdp()
         self.policy, self.env, self.plan = policy, env, plan
+        self.shaping_plan = plan.rescaled(args.potential_scale)
         self.env_steps = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._stopped_iteration, self._is_first_minibatch = -1, True
