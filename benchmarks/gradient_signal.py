@@ -44,6 +44,7 @@ from trl_stare.data.rollout import play
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.evaluation.report import markdown_table
 from trl_stare.runs import claim_folder
+from trl_stare.trainers.actor_critic import SIMULATOR_CRITICS
 from trl_stare.trainers.ppo_batch import observations
 from trl_stare.trainers.ppo_terms import ppo_terms
 from trl_stare.trainers.rollout_stream import select_rows
@@ -131,7 +132,7 @@ def policy_gradient(trainer: StagePPOTrainer, batch: Mapping[str, Any]) -> Tenso
     downhill = torch.zeros(sum(weight.numel() for weight in weights))
     for rows in torch.arange(len(batch["trace"])).split(ROWS):
         part = select_rows(batch, rows)
-        features = part["features"] if trainer.args.critic == "privileged" else None
+        features = part["features"] if trainer.args.critic in SIMULATOR_CRITICS else None
         evaluation, values = trainer.model(part["inputs"], part["trace"], features, trainer.args.temperature)
         loss = ppo_terms(evaluation, values, part, trainer.args, action_dim=trainer.policy.action_dim).policy.loss
         share = part["mask"].sum() / batch["mask"].sum()  # the loss is a mean over tokens

@@ -1,5 +1,8 @@
 """StagePPOTrainer: a trivial environment is learned, the first ratio is 1, resuming is exact."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +12,7 @@ from trl_stare.data import play
 from trl_stare.policies import TokenPolicy
 from trl_stare.stages import Stage, StagePlan
 from trl_stare.trainers import StagePPOConfig, StagePPOTrainer
+from trl_stare.trainers.actor_critic import stage_features
 from trl_stare.trainers.ppo_batch import advantages_and_returns, decision_rewards, executed_tokens
 
 
@@ -71,7 +75,7 @@ def test_tokens_of_steps_that_were_not_executed_are_masked():
     assert mask.tolist() == [[True] * 4, [True] * 4, [True, True, False, False]]
 
 
-@pytest.mark.parametrize("critic", ["privileged", "hidden"])
+@pytest.mark.parametrize("critic", ["privileged", "stages", "hidden"])
 def test_a_trivial_environment_is_learned(tmp_path, critic):
     policy = make_policy()
     before = success(policy)
@@ -80,6 +84,22 @@ def test_a_trivial_environment_is_learned(tmp_path, critic):
     trainer.train()
     after = success(policy)
     assert after > 0.9 and after > before + 0.1, (before, after)
+
+
+def test_what_a_critic_of_stages_reads():
+    """Far from Near's end, in Hit, and at success; the distances of both stages are the same signal, over 1 and over 0.5."""
+    plan = StagePlan("toy", (PLAN.stages[0], replace(PLAN.stages[1], scale=0.5)))
+    signals = {"distance": torch.tensor([[1.0], [0.5], [0.0]]), "success": torch.tensor([False, False, True])}
+    features = stage_features(plan, signals, torch.tensor([0.0, 0.5, 1.0]))
+    log = [[math.log(d / scale + 0.02) for scale in (1.0, 0.5)] for d in (1.0, 0.5, 0.0)]
+    expected = torch.tensor(
+        [
+            [1.0, 0.0, 0.0, 1.0, 2.0, *log[0], 0.0],
+            [0.0, 1.0, 0.0, 0.5, 1.0, *log[1], 0.5],
+            [0.0, 0.0, 1.0, 0.0, 0.0, *log[2], 1.0],
+        ]
+    )
+    torch.testing.assert_close(features, expected)
 
 
 def test_the_first_update_has_ratio_one_and_the_warm_up_leaves_the_policy_alone(tmp_path):

@@ -9,16 +9,41 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trl_stare.interfaces import ActionEval, Signals, VLAPolicy
+from trl_stare.stages import StagePlan
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+
+SIMULATOR_CRITICS = ("privileged", "stages")
+"""What reads the simulator and not the policy; see [`StagePPOConfig.critic`]."""
+NEAR = 0.02
+"""Share of `L_k` below which distances are told apart less and less: 6 mm of 0.3 m."""
 
 
 def privileged_features(signals: Signals, names: Sequence[str], time: Tensor) -> Tensor:
     """Signals `[M]` or `[M, D]` in the order of `names`, and the share of the time limit used, `[M]` -> `[M, F]`."""
     columns = [signals[name].float() for name in names]
     return torch.cat([column if column.ndim == 2 else column[:, None] for column in columns] + [time[:, None]], dim=-1)
+
+
+def stage_features(plan: StagePlan, signals: Signals, time: Tensor) -> Tensor:
+    """What a plan says of each moment, and the time: `[M]` or `[M, D]` signals -> `[M, 3 K + 2]`.
+
+    The current stage as one of `K + 1` (the last is success); of each stage, current or not, `d_k / L_k` and
+    `log(d_k / L_k + NEAR)`; and the share of the time limit used, `[M]`. A few numbers that mean the same wherever things lie: a
+    critic learns from them what it cannot from so few episodes' raw poses, whose differences it would have to find first.
+    """
+    current = F.one_hot(plan.current_stage(signals), len(plan) + 1).float()
+    distances = plan.distances(signals)
+    distances = distances / distances.new_tensor([stage.scale for stage in plan.stages])
+    return torch.cat([current, distances, (distances + NEAR).log(), time[:, None]], dim=-1)
+
+
+def simulator_features(critic: str, plan: StagePlan, signals: Signals, names: Sequence[str], time: Tensor) -> Tensor:
+    """What a critic of [`SIMULATOR_CRITICS`] reads at each moment, `[M, F]`."""
+    return stage_features(plan, signals, time) if critic == "stages" else privileged_features(signals, names, time)
 
 
 class ValueHead(nn.Module):

@@ -14,7 +14,7 @@ from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import Observation, VectorEnv, VLAPolicy
 from trl_stare.losses import gae
 from trl_stare.stages import StagePlan, shaped_reward
-from trl_stare.trainers.actor_critic import privileged_features
+from trl_stare.trainers.actor_critic import SIMULATOR_CRITICS, simulator_features
 from trl_stare.trainers.rewards import task_reward
 
 
@@ -161,10 +161,10 @@ def normalize_advantages(
 
 
 def critic_features(
-    trajectories: Sequence[Trajectory], policy: VLAPolicy, env: VectorEnv, *, privileged: bool
+    trajectories: Sequence[Trajectory], policy: VLAPolicy, env: VectorEnv, plan: StagePlan, *, critic: str
 ) -> tuple[Tensor, Tensor]:
-    """What the critic reads at every decision `[M, F]` and at every end `[N, F]`: signals and time, or the hidden state."""
-    if not privileged:
+    """What the critic reads at every decision `[M, F]` and at every end `[N, F]`: signals or stages and time, or the hidden state."""
+    if critic not in SIMULATOR_CRITICS:
         final = policy.prepare(observations(trajectories, final=True))
         # temperature and generator do not matter: only the hidden state is used
         ends = policy.act(final, temperature=1.0, generator=torch.Generator().manual_seed(0)).features
@@ -176,6 +176,6 @@ def critic_features(
             for name in env.signal_names
         }
         time = torch.cat([at + num_prefix_steps(t) for t, at in zip(trajectories, chosen, strict=True)])
-        return privileged_features(signals, env.signal_names, time / env.max_episode_steps)
+        return simulator_features(critic, plan, signals, env.signal_names, time / env.max_episode_steps)
 
     return features_at([t.bounds[:-1] for t in trajectories]), features_at([t.bounds[-1:] for t in trajectories])

@@ -50,7 +50,7 @@ def make_batch(trainer: StagePPOTrainer, trajectories: Sequence[Trajectory]) -> 
     ]
     # as in the update, whose forward accelerate puts under autocast: else bfloat16 would silently be float32 here
     with trainer.accelerator.autocast():
-        read = critic_features(trajectories, policy, trainer.env, privileged=args.critic == "privileged")
+        read = critic_features(trajectories, policy, trainer.env, plan, critic=args.critic)
         features, final_features = (part.to(args.device) for part in read)
         head = trainer.model.value_head
         head.calibrate(*global_moments(trainer.accelerator, features.float()))

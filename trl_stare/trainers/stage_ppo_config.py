@@ -11,11 +11,12 @@ import torch
 from trl_stare.losses import RATIO_LEVELS
 from trl_stare.stages import POTENTIAL_FORMS
 from trl_stare.trainers._compat import _BaseConfig, start_deepspeed_on_cpu
+from trl_stare.trainers.actor_critic import SIMULATOR_CRITICS
 from trl_stare.trainers.presets import PPO_PRESETS
 from trl_stare.trainers.processes import end_with_launcher, meet_anew_after_restart
 from trl_stare.trainers.rewards import REWARDS
 
-CRITICS = ("privileged", "hidden", "shared")
+CRITICS = (*SIMULATOR_CRITICS, "hidden", "shared")
 ADVANTAGE_NORMS = ("rollout", "stage")
 FINAL_POTENTIALS = ("zero", "kept")
 
@@ -84,7 +85,8 @@ class StagePPOConfig(_BaseConfig):
         value_learning_rate (`float`, defaults to `1e-3`):
             Learning rate of the critic.
         critic (`str`, defaults to `"privileged"`):
-            What the critic reads: `"privileged"` simulator signals and the time (asymmetric actor-critic, arXiv 1710.06542),
+            What the critic reads: `"privileged"` simulator signals and the time (asymmetric actor-critic, arXiv 1710.06542), or
+            what the plan makes of them, `"stages"`: the current stage and how far each stage is from its end ([`stage_features`]),
             or the policy's `"hidden"` state, detached, so that the critic cannot move the policy, or that state `"shared"`, i.e.
             with the value loss reaching the policy's weights (RL4VLA).
         value_warmup_iterations (`int`, defaults to `1`):
@@ -199,10 +201,10 @@ class StagePPOConfig(_BaseConfig):
         self._require(_NOT_NEGATIVE, lambda value: value >= 0, "at least 0")
         for name, known in _CHOICES.items():
             self._require((name,), lambda value, known=known: value in known, f"one of {known}")
-        if not self.bootstrap_on_truncation and self.critic != "privileged":
+        if not self.bootstrap_on_truncation and self.critic not in SIMULATOR_CRITICS:
             raise ValueError(
                 "`bootstrap_on_truncation=False` needs a critic that knows the time, got "
-                f"critic={self.critic!r}. Use critic='privileged' or bootstrap."
+                f"critic={self.critic!r}. Use one of {SIMULATOR_CRITICS}, or bootstrap."
             )
         # accelerate would take several processes of a machine without GPUs for several GPUs
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()

@@ -21,7 +21,7 @@ from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import VectorEnv, VLAPolicy
 from trl_stare.stages import StagePlan
 from trl_stare.trainers._compat import _BaseTrainer, restore_weights
-from trl_stare.trainers.actor_critic import ActorCritic, ValueHead, privileged_features
+from trl_stare.trainers.actor_critic import SIMULATOR_CRITICS, ActorCritic, ValueHead, simulator_features
 from trl_stare.trainers.boundaries import RolloutBoundaries, RolloutStopped, StopRequest, UpdateGuard
 from trl_stare.trainers.checkpointing import AtomicCheckpoints
 from trl_stare.trainers.curriculum import StageCurriculum
@@ -125,11 +125,11 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         self._rendezvous = Rendezvous(self.accelerator, args.ddp_timeout)
 
     def _count_features(self, args: StagePPOConfig) -> int:
-        if args.critic != "privileged":
+        if args.critic not in SIMULATOR_CRITICS:
             # a policy whose features are not its language model's hidden state says how many there are
             return getattr(self.policy, "num_features", None) or self.policy.model.config.get_text_config().hidden_size
-        signals = self.env.reset([0]).signals
-        return privileged_features(signals, self.env.signal_names, torch.zeros(self.env.num_envs)).shape[1]
+        signals, time = self.env.reset([0]).signals, torch.zeros(self.env.num_envs)
+        return simulator_features(args.critic, self.plan, signals, self.env.signal_names, time).shape[1]
 
     @property
     def iteration(self) -> int:
@@ -244,7 +244,7 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
     ) -> Any:
         """PPO's loss on one minibatch of decisions."""
         args = self.args
-        features = inputs["features"] if args.critic == "privileged" else None
+        features = inputs["features"] if args.critic in SIMULATOR_CRITICS else None
         evaluation, values = model(inputs["inputs"], inputs["trace"], features, args.temperature)
         terms = ppo_terms(evaluation, values, inputs, args, action_dim=self.policy.action_dim)
         learns = self._policy_learns(terms.policy.approx_kl)
