@@ -34,15 +34,15 @@ from trl_stare.data import (
     validate_dataset,
 )
 from trl_stare.data.actors import policy_actor
+from trl_stare.data.pairs import BOTH_PASSED, REASONS
 from trl_stare.evaluation import evaluate, mcnemar_exact, package_versions, paired, read_episodes, write_episodes
 from trl_stare.runs import claim_folder
+from trl_stare.trainers.stage_dpo_config import OBJECTIVES
 
 logger = logging.getLogger("preference_learning")
 
 BASE = "base"
 """The checkpoint as it is, among the arms."""
-OBJECTIVES = ("sta-tpo", "tpo-mean", "tpo-sum")
-REASONS = ("passed", "cost")
 OPTIONS = (
     *("max_steps", "per_device_train_batch_size", "learning_rate", "step_micro_batch_size", "logging_steps"),
     *("centered", "beta", "cost_coef", "margin_sign", "loss_type", "label_smoothing", "weight_decay", "seed"),
@@ -62,6 +62,9 @@ class Arguments:
     starts: int = field(default=150, metadata={"help": "Initial states of the rollouts."})
     episodes_per_seed: int = field(default=6, metadata={"help": "Episodes from each."})
     max_pairs_per_start: int = field(default=4, metadata={"help": "Most pairs of one stage from one initial state."})
+    both_passed: str = field(
+        default="cost", metadata={"help": f"How two are compared that both passed a stage: {BOTH_PASSED}."}
+    )
     min_cost_gap: float = field(default=0.02, metadata={"help": "Smallest difference of costs that counts."})
     arms: list[str] = field(
         default_factory=lambda: [BASE, "sta-tpo", "tpo-mean"],
@@ -146,7 +149,7 @@ def find_pairs(args: Arguments, config: StageDPOConfig, rollouts: TrajectoryFold
     slim = TrajectoryFolder(rollouts.folder, images=False)
     made = {}
     for objective in (name for name in OBJECTIVES if name in args.arms):
-        options = {"min_cost_gap": args.min_cost_gap, "max_pairs_per_start": args.max_pairs_per_start}
+        options = {name: getattr(args, name) for name in ("both_passed", "min_cost_gap", "max_pairs_per_start")}
         found = build_pairs(slim, plan, objective=objective, seed=config.seed, **options)
         made[objective] = found._replace(pairs=tuple(pair for pair in found.pairs if pair.reason in args.reasons))
     if not all(found.pairs for found in made.values()):

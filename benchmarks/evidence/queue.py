@@ -9,18 +9,21 @@ from typing import Any
 
 import yaml
 
+from trl_stare.trainers.stage_dpo_config import OBJECTIVES
+
 METHODS = {
     "sft": (),
     "tpo": ("tpo-mean",),
     "tpo-sum": ("tpo-sum",),
     "sta-tpo": ("sta-tpo",),
+    "sta-tpo-sum": ("sta-tpo-sum",),
     "ppo": ("ppo",),
     "sta-ppo": ("sta-ppo",),
     "ipi": ("sta-tpo", "sta-ppo"),
 }
 """Method -> what is done to the start checkpoint, in order. `sft` is the checkpoint itself."""
 
-PREFERENCE = ("tpo-mean", "tpo-sum", "sta-tpo")
+PREFERENCE = OBJECTIVES
 """Of these steps the preference ones, by the name of their objective."""
 
 

@@ -151,6 +151,39 @@ def test_pairs(case):
     assert result.yield_table == yields
 
 
+LATER_CASES = {
+    "of two that passed, the one that passed more of what follows, at whatever cost; costs where that is equal": (
+        [SLOW, STUCK, FAST],
+        [
+            ("Reach", 0, 1, (0, 3), (0, 2), "later"),
+            ("Reach", 2, 0, (0, 2), (0, 3), "cost"),
+            ("Reach", 2, 1, (0, 2), (0, 2), "later"),
+            ("Finish", 0, 1, (3, 5), (2, 4), "passed"),
+            ("Finish", 2, 1, (2, 4), (2, 4), "passed"),
+        ],
+        {"Reach": counts(made=3), "Finish": counts(made=2, gap_too_small=1)},
+    ),
+    "passing the stage itself comes first": (
+        [LOST, STUCK],
+        [("Reach", 1, 0, (0, 2), (0, 4), "passed")],
+        {"Reach": counts(made=1), "Finish": counts(not_reached=1)},
+    ),
+    "as far, at equal cost": (
+        [STUCK, STUCK],
+        [],
+        {"Reach": counts(gap_too_small=1), "Finish": counts(both_failed=1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LATER_CASES)
+def test_pairs_that_look_ahead(case):
+    trajectories, expected, yields = LATER_CASES[case]
+    result = build_pairs(trajectories, PLAN, both_passed="later", min_cost_gap=0.02)
+    assert table(result.pairs) == expected
+    assert result.yield_table == yields
+
+
 def test_costs_and_identity_of_a_pair():
     (pair,) = build_pairs([SLOW, FAST], PLAN).pairs
     assert (pair.task, pair.instruction, pair.seed, pair.stage) == ("Toy-v1", "go", 1, 0)
@@ -242,6 +275,7 @@ def test_the_table_lies_beside_the_pairs(tmp_path):
     ("change", "message"),
     [
         ({"objective": "dpo"}, "`objective`"),
+        ({"both_passed": "luck"}, "`both_passed` must be one of"),
         ({"min_cost_gap": -1.0}, "`min_cost_gap`"),
         ({"max_pairs_per_start": 0}, "`max_pairs_per_start`"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_stare.data.pairs import build_pairs
-from trl_stare.data.schema import save_pairs, save_trajectories
+from trl_stare.data.schema import load_trajectories, save_pairs, save_trajectories
 from trl_stare.data.validate import InvalidDatasetError, validate_dataset
 from trl_stare.stages import get_plan
 
@@ -174,6 +174,32 @@ def test_a_pair_the_other_way_round(tmp_path, valid):
     table = pa.Table.from_pylist([row, turned], schema=valid["pairs"][1].schema)
     problems = problems_of(tmp_path, valid, pairs=table)
     assert any("row 1: these two were compared in this stage before" in problem for problem in problems)
+
+
+def test_a_pair_that_looks_ahead(tmp_path, valid):
+    trajectories = valid["trajectories"][0]
+    pairs = build_pairs(load_trajectories(trajectories), PLAN, both_passed="later").pairs
+    save_pairs(pairs, tmp_path / "right")
+    validate_dataset(trajectories, tmp_path / "right")
+    pair = next(pair for pair in pairs if pair.reason == "later")
+    sides = (
+        "chosen",
+        "rejected",
+        "chosen_start",
+        "rejected_start",
+        "chosen_stop",
+        "rejected_stop",
+        "chosen_cost",
+        "rejected_cost",
+    )
+    turned = {
+        name: getattr(pair, other)
+        for a, b in zip(sides[::2], sides[1::2], strict=True)
+        for name, other in ((a, b), (b, a))
+    }
+    save_pairs([replace(pair, **turned)], tmp_path / "wrong")
+    with pytest.raises(InvalidDatasetError, match="must have passed more stages than the rejected one, got 1 and 4"):
+        validate_dataset(trajectories, tmp_path / "wrong")
 
 
 def test_all_problems_of_all_rows_and_files_are_in_one_error(tmp_path, valid):

@@ -71,19 +71,25 @@ def test_the_loss_is_what_the_formula_gives_from_the_policys_own_scores(policy, 
     torch.testing.assert_close(loss, weighted.mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_one_stage_and_no_cost_is_tpo_mean(policy, tmp_path):
-    one_stage = [stage_pair(0, 1, slice(0, 10), slice(0, 6), 0), stage_pair(2, 3, slice(0, 2), slice(0, 2), 0)]
-    stare = make_trainer(policy, tmp_path, one_stage, cost_coef=0.0)
-    tpo = make_trainer(policy, tmp_path, WHOLE_PAIRS, objective="tpo-mean", cost_coef=0.7)
+ONE_STAGE_PAIRS = [stage_pair(0, 1, slice(0, 10), slice(0, 6), 0), stage_pair(2, 3, slice(0, 2), slice(0, 2), 0)]
+
+
+@pytest.mark.parametrize(("stages", "whole"), [("sta-tpo", "tpo-mean"), ("sta-tpo-sum", "tpo-sum")])
+def test_one_stage_and_no_cost_is_tpo(policy, tmp_path, stages, whole):
+    stare = make_trainer(policy, tmp_path, ONE_STAGE_PAIRS, objective=stages, cost_coef=0.0)
+    tpo = make_trainer(policy, tmp_path, WHOLE_PAIRS, objective=whole, cost_coef=0.7)
     perturb(policy)
     results = [loss_and_logits(trainer, batch_of(trainer)) for trainer in (stare, tpo)]
     assert torch.equal(results[0][1], results[1][1])
     assert results[0][0].item() == results[1][0].item()
 
 
-def test_tpo_sum_adds_up_where_tpo_mean_averages(policy, tmp_path):
-    by_sum = make_trainer(policy, tmp_path, WHOLE_PAIRS[:1], objective="tpo-sum")
-    by_mean = make_trainer(policy, tmp_path, WHOLE_PAIRS[:1], objective="tpo-mean")
+@pytest.mark.parametrize(
+    ("pairs", "mean", "sum_"), [(WHOLE_PAIRS, "tpo-mean", "tpo-sum"), (ONE_STAGE_PAIRS, "sta-tpo", "sta-tpo-sum")]
+)
+def test_a_sum_adds_up_where_a_mean_averages(policy, tmp_path, pairs, mean, sum_):
+    by_sum = make_trainer(policy, tmp_path, pairs[:1], objective=sum_)
+    by_mean = make_trainer(policy, tmp_path, pairs[:1], objective=mean)
     totals, means = (trainer._score_pairs(trainer.model, policy, batch_of(trainer)) for trainer in (by_sum, by_mean))
     torch.testing.assert_close(totals[0], 5 * means[0])
     torch.testing.assert_close(totals[1], 3 * means[1])

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from trl_stare.data.folder import TrajectoryFolder
-from trl_stare.data.pairs import OUTCOMES
+from trl_stare.data.pairs import OUTCOMES, REASONS
 from trl_stare.data.parquet import parquet_files, read_groups
 from trl_stare.data.schema import stored_settings
 
@@ -202,17 +202,17 @@ def _stage_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _count_pairs(folder: str | Path) -> dict[str, tuple[int, int]]:
-    """Stage name, in the order of the stages -> pairs with the reasons `passed` and `cost`."""
+def _count_pairs(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Stage name, in the order of the stages -> pairs with each of [`REASONS`]."""
     counts: Counter[tuple[int, str, str]] = Counter()
     for file in parquet_files(Path(folder)):
         for table in read_groups(file, ["stage", "stage_name", "reason"]):
             counts.update(tuple(row.values()) for row in table.select(["stage", "stage_name", "reason"]).to_pylist())
     stages = sorted({(stage, name) for stage, name, _ in counts})
-    return {name: (counts[stage, name, "passed"], counts[stage, name, "cost"]) for stage, name in stages}
+    return {name: tuple(counts[stage, name, reason] for reason in REASONS) for stage, name in stages}
 
 
-def _check_yield(yield_table: Mapping[str, Mapping[str, int]], reasons: Mapping[str, tuple[int, int]]) -> None:
+def _check_yield(yield_table: Mapping[str, Mapping[str, int]], reasons: Mapping[str, tuple[int, ...]]) -> None:
     told = {stage: counts["made"] for stage, counts in yield_table.items() if counts["made"]}
     held = {stage: sum(counts) for stage, counts in reasons.items()}
     if told != held:

@@ -18,6 +18,17 @@ from trl_stare.stages import Segment, StagePlan, segment
 WHOLE_TRAJECTORY = "trajectory"
 """Stage name of a pair that compares whole trajectories (TPO)."""
 
+STAGE_OBJECTIVES = ("sta-tpo", "sta-tpo-sum")
+"""Objectives that compare stages, by the mean or the sum of a side's decisions."""
+WHOLE_OBJECTIVES = ("tpo-mean", "tpo-sum")
+"""Objectives that compare whole trajectories, by the mean or the sum (GRAPE) of a side's decisions."""
+
+BOTH_PASSED = ("cost", "later")
+"""How two are compared that both passed a stage; see [`build_pairs`]."""
+
+REASONS = ("passed", "later", "cost")
+"""Why one side of a pair is preferred; see [`StagePair`]."""
+
 OUTCOMES = ("made", "not_reached", "both_failed", "gap_too_small", "no_decision", "capped", "balanced")
 """What became of two episodes of one start in one stage: columns of the yield table. `capped` and `balanced` are pairs
 that the options of these names left out."""
@@ -33,7 +44,8 @@ class StagePair:
         chosen (`int`), rejected (`int`): the trajectories, by position in the list the pairs were built from.
         chosen_start (`int`), chosen_stop (`int`), rejected_start (`int`), rejected_stop (`int`): the segments.
         chosen_cost (`float`), rejected_cost (`float`): their costs.
-        reason (`str`): `"passed"`, only the chosen side passed the stage; `"cost"`, both did, the chosen at less cost.
+        reason (`str`): `"passed"`, only the chosen side passed the stage; `"later"`, both did, and the chosen side's episode then
+            passed more stages; `"cost"`, both did, the chosen at less cost.
     """
 
     task: str
@@ -69,6 +81,7 @@ def build_pairs(
     plan: StagePlan,
     *,
     objective: str = "sta-tpo",
+    both_passed: str = "cost",
     min_cost_gap: float = 0.02,
     max_pairs_per_start: int | None = None,
     balance: bool = False,
@@ -80,11 +93,16 @@ def build_pairs(
     passed stage k; if both did, the one of lower cost, if the costs differ by the gap at least. Each side must hold a
     decision ([`Trajectory.decisions_in`]). So there are pairs even where no episode succeeds.
 
+    How a stage was passed can decide what comes after it: a peg that was grasped at its middle cannot be stood up. With
+    `both_passed="later"` the one whose episode passed more of the later stages is preferred of two that passed, and costs
+    decide where these are equal. Ours; the paper does not say.
+
     Args:
         trajectories (`Sequence[Trajectory]`): episodes of the plan's task, several per seed.
         plan ([`StagePlan`]): the stages.
-        objective (`str`): `"sta-tpo"`: pairs of stages. `"tpo-mean"`, `"tpo-sum"`: the whole trajectory as one segment
-            without cost, so that a pair is a success against a failure.
+        objective (`str`): one of [`STAGE_OBJECTIVES`]: pairs of stages; or of [`WHOLE_OBJECTIVES`]: the whole trajectory as one
+            segment without cost, so that a pair is a success against a failure.
+        both_passed (`str`): one of [`BOTH_PASSED`]. Whole trajectories have no later stages.
         min_cost_gap (`float`): smallest difference of costs that counts, >= 0.
         max_pairs_per_start (`int`, *optional*): most pairs of one stage from one seed; a random choice is kept.
         balance (`bool`): keep as many pairs of every stage as the stage with the fewest has, at random, after the cap.
@@ -97,8 +115,8 @@ def build_pairs(
     Example: of one seed, A passed Reach and Grasp, B passed Reach at a higher cost and failed to grasp, C failed to
     reach: Reach gets A > B (cost), A > C, B > C (passed), Grasp gets A > B; C takes no part in Grasp.
     """
-    _check_arguments(trajectories, plan, objective, min_cost_gap, max_pairs_per_start)
-    whole = objective != "sta-tpo"
+    _check_arguments(trajectories, plan, objective, both_passed, min_cost_gap, max_pairs_per_start)
+    whole = objective in WHOLE_OBJECTIVES
     names = (WHOLE_TRAJECTORY,) if whole else plan.names
     cuts = [_whole(trajectory) if whole else segment(plan, trajectory.signals) for trajectory in trajectories]
     starts: dict[tuple[int, str], list[int]] = defaultdict(list)
@@ -110,7 +128,7 @@ def build_pairs(
         for stage, name in enumerate(names):
             made = []
             for first, second in combinations(members, 2):
-                outcome = _compare(trajectories, cuts, first, second, stage, name, min_cost_gap)
+                outcome = _compare(trajectories, cuts, first, second, stage, name, both_passed, min_cost_gap)
                 if isinstance(outcome, StagePair):
                     made.append(outcome)
                 else:
@@ -180,6 +198,7 @@ def _compare(
     second: int,
     stage: int,
     name: str,
+    both_passed: str,
     min_cost_gap: float,
 ) -> StagePair | str:
     """The pair of two episodes in one stage, or the outcome that says why there is none."""
@@ -190,11 +209,13 @@ def _compare(
         return "both_failed"
     if any(part.start == part.stop for part in parts.values()):  # one step is enough: some decision acts in it
         return "no_decision"
-    # passing comes before cost
-    chosen, rejected = sorted(parts, key=lambda index: (not parts[index].passed, parts[index].cost))
+    # passing this stage comes before passing later ones, and both before cost
+    reach = {index: both_passed == "later" and num_passed(cuts[index]) for index in parts}
+    chosen, rejected = sorted(parts, key=lambda index: (not parts[index].passed, -reach[index], parts[index].cost))
     better, worse = parts[chosen], parts[rejected]
+    reason = "passed" if not worse.passed else "later" if reach[chosen] > reach[rejected] else "cost"
     gap = worse.cost - better.cost
-    if worse.passed and (gap < min_cost_gap or gap == 0.0):
+    if reason == "cost" and (gap < min_cost_gap or gap == 0.0):
         return "gap_too_small"
     trajectory = trajectories[chosen]
     return StagePair(
@@ -211,8 +232,16 @@ def _compare(
         rejected_stop=worse.stop,
         chosen_cost=better.cost,
         rejected_cost=worse.cost,
-        reason="cost" if worse.passed else "passed",
+        reason=reason,
     )
+
+
+def num_passed(segments: Sequence[Segment]) -> int:
+    """How many stages an episode passed.
+
+    Example: Reach and Grasp passed, Transport not: 2.
+    """
+    return sum(part.passed for part in segments)
 
 
 def _whole(trajectory: Trajectory) -> tuple[Segment, ...]:
@@ -223,11 +252,14 @@ def _check_arguments(
     trajectories: Sequence[Trajectory],
     plan: StagePlan,
     objective: str,
+    both_passed: str,
     min_cost_gap: float,
     max_pairs_per_start: int | None,
 ) -> None:
-    if objective not in ("sta-tpo", "tpo-mean", "tpo-sum"):
-        raise ValueError(f"`objective` must be 'sta-tpo', 'tpo-mean' or 'tpo-sum', got {objective!r}.")
+    if objective not in (*STAGE_OBJECTIVES, *WHOLE_OBJECTIVES):
+        raise ValueError(f"`objective` must be one of {(*STAGE_OBJECTIVES, *WHOLE_OBJECTIVES)}, got {objective!r}.")
+    if both_passed not in BOTH_PASSED:
+        raise ValueError(f"`both_passed` must be one of {BOTH_PASSED}, got {both_passed!r}.")
     if min_cost_gap < 0:
         raise ValueError(f"`min_cost_gap` must be >= 0, got {min_cost_gap}.")
     if max_pairs_per_start is not None and max_pairs_per_start < 1:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trl_stare.data.pairs import WHOLE_TRAJECTORY, StagePair
+from trl_stare.data.pairs import WHOLE_TRAJECTORY, StagePair, num_passed
 from trl_stare.data.schema import SIGNAL_PREFIX
 from trl_stare.stages import Segment
 
@@ -188,7 +188,7 @@ def pair_problems(row: Mapping[str, Any], episodes: Mapping[int, Episode | None]
     pair = StagePair(**{name: row[name] for name in StagePair.__dataclass_fields__})
     if pair.chosen == pair.rejected:
         yield f"`chosen` and `rejected` must differ, got {pair.chosen} for both"
-    recorded = []
+    recorded, passed = [], []
     for side in ("chosen", "rejected"):
         index = getattr(pair, side)
         episode = None if episodes is None else episodes.get(index)
@@ -196,10 +196,11 @@ def pair_problems(row: Mapping[str, Any], episodes: Mapping[int, Episode | None]
             yield f"`{side}` must be one of the {len(episodes)} trajectories, got {index}"
         if episode is not None:
             recorded.append(_recorded(pair, episode))
+            passed.append(num_passed(episode.segments))
             yield from _start_problems(pair, side, episode)
             yield from _slice_problems(pair, side, episode, recorded[-1])
     if len(recorded) == 2 and None not in recorded:
-        yield from _reason_problems(pair, *recorded)
+        yield from _reason_problems(pair, *recorded, *passed)
 
 
 def _recorded(pair: StagePair, episode: Episode) -> Segment | None:
@@ -235,11 +236,15 @@ def _slice_problems(pair: StagePair, side: str, episode: Episode, recorded: Segm
         yield f"`{side}_cost` must be the segment's, {recorded.cost}, got {cost}"
 
 
-def _reason_problems(pair: StagePair, chosen: Segment, rejected: Segment) -> Iterator[str]:
+def _reason_problems(
+    pair: StagePair, chosen: Segment, rejected: Segment, chosen_passed: int, rejected_passed: int
+) -> Iterator[str]:
     if not chosen.passed:
         yield "the chosen side must have passed the stage"
-    wanted = "cost" if rejected.passed else "passed"
-    if pair.reason != wanted:
-        yield f"`reason` must be {wanted!r}, got {pair.reason!r}"
-    if rejected.passed and not pair.chosen_cost < pair.rejected_cost:
+    wanted = ("cost", "later") if rejected.passed else ("passed",)
+    if pair.reason not in wanted:
+        yield f"`reason` must be {' or '.join(map(repr, wanted))}, got {pair.reason!r}"
+    elif pair.reason == "later" and not chosen_passed > rejected_passed:
+        yield f"the chosen trajectory must have passed more stages than the rejected one, got {chosen_passed} and {rejected_passed}"
+    elif pair.reason == "cost" and not pair.chosen_cost < pair.rejected_cost:
         yield f"`chosen_cost` must be below `rejected_cost`, got {pair.chosen_cost} and {pair.rejected_cost}"

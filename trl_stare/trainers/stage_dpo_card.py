@@ -14,6 +14,7 @@ from trl_stare.trainers.stage_dpo_config import StageDPOConfig
 
 METHODS = {
     "sta-tpo": "StA-TPO, which compares them stage by stage",
+    "sta-tpo-sum": "StA-TPO, which compares them stage by stage, by the sum over decisions",
     "tpo-mean": "TPO, which compares them whole, by the mean over decisions",
     "tpo-sum": "TPO, which compares them whole, by the sum over decisions",
 }

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from trl import DPOConfig
 
+from trl_stare.data.pairs import STAGE_OBJECTIVES, WHOLE_OBJECTIVES
 from trl_stare.losses import PREFERENCE_LOSSES
 from trl_stare.trainers._compat import start_deepspeed_on_cpu
 from trl_stare.trainers.processes import end_with_launcher
 
-OBJECTIVES = ("sta-tpo", "tpo-mean", "tpo-sum")
-"""`sta-tpo` compares stages; the TPO baselines compare whole trajectories, by mean or by sum (GRAPE) of decisions."""
+OBJECTIVES = (*STAGE_OBJECTIVES, *WHOLE_OBJECTIVES)
+"""`sta-tpo` compares stages; the TPO baselines compare whole trajectories. By the mean or the sum of a side's decisions."""
+SUMMED = ("sta-tpo-sum", "tpo-sum")
+"""Objectives whose side has the sum of its decisions' scores."""
 
 # Options of DPO that mean something for tokens of a text, or for its other losses, and would be ignored here.
 _UNUSED = {
@@ -34,7 +37,8 @@ class StageDPOConfig(DPOConfig):
 
     Args:
         objective (`str`, *optional*, defaults to `"sta-tpo"`):
-            `"sta-tpo"`: stage pairs, mean over the stage's decisions. `"tpo-mean"`, `"tpo-sum"`: whole trajectories.
+            `"sta-tpo"`: stage pairs, mean over the stage's decisions, as the paper has it. `"sta-tpo-sum"`: their sum, which
+            gives a decision the same weight in a short segment and in a long one. `"tpo-mean"`, `"tpo-sum"`: whole trajectories.
         beta (`float`, *optional*, defaults to `1.0`):
             Inverse temperature. With the mean over decisions 1.0 is about GRAPE's 0.1 on a sum of 8 (method.md 3).
         cost_coef (`float`, *optional*, defaults to `0.1`):
@@ -54,7 +58,7 @@ class StageDPOConfig(DPOConfig):
         loss_type (`str` or `list[str]`, *optional*, defaults to `["sigmoid"]`):
             One of TRL's losses that are functions of one margin per pair: `"sigmoid"`, `"hinge"`, `"ipo"`, `"robust"`
             ([`~trl_stare.losses.margin_loss`]). TRL divides `ipo`'s scores by the number of tokens; here the objective
-            has divided them already, by the number of decisions, except for `"tpo-sum"`.
+            has divided them already, by the number of decisions, except where it sums.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Of `"robust"`: the probability that a preference is flipped, in [0, 0.5).
         ref_cache_dir (`str`, *optional*):
@@ -133,7 +137,7 @@ class StageDPOConfig(DPOConfig):
             ),
             (
                 "stage_weights",
-                weights is None or self.objective == "sta-tpo",
+                weights is None or self.objective in STAGE_OBJECTIVES,
                 "None where trajectories are compared whole",
             ),
             (

@@ -21,7 +21,7 @@ from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
 from trl_stare.data.collators import PAIR_FEATURES, PreferenceCollator
-from trl_stare.data.pairs import WHOLE_TRAJECTORY
+from trl_stare.data.pairs import WHOLE_OBJECTIVES, WHOLE_TRAJECTORY
 from trl_stare.interfaces import VLAPolicy
 from trl_stare.losses import centered_scores, stage_preference_loss
 from trl_stare.trainers._compat import (
@@ -33,7 +33,7 @@ from trl_stare.trainers._compat import (
     use_adapter,
 )
 from trl_stare.trainers.stage_dpo_card import write_preference_card
-from trl_stare.trainers.stage_dpo_config import StageDPOConfig
+from trl_stare.trainers.stage_dpo_config import SUMMED, StageDPOConfig
 from trl_stare.trainers.stage_dpo_metrics import pair_metrics
 from trl_stare.trainers.stage_dpo_reference import (
     REFERENCE_COLUMNS,
@@ -143,7 +143,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
                 f"`{dataset_name}_dataset` must have the columns of `pairs_dataset`, got none of {missing}."
             )
         stages = dict(zip(dataset["stage_name"], dataset["stage"], strict=True))
-        whole = args.objective != "sta-tpo"
+        whole = args.objective in WHOLE_OBJECTIVES
         if any((name == WHOLE_TRAJECTORY) != whole for name in stages):
             raise ValueError(
                 f"`{dataset_name}_dataset` must hold pairs for {args.objective!r}, got stages {sorted(stages)}. "
@@ -236,7 +236,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
         steps = forward_once(model, inner, self._score_steps, *given).float()
         sides = steps.new_zeros(2 * len(batch["stages"]))
         scores = sides.index_add(0, batch["side_ids"], steps)
-        if self.args.objective != "tpo-sum":
+        if self.args.objective not in SUMMED:
             scores = scores / sides.index_add(0, batch["side_ids"], torch.ones_like(steps))
         return scores.chunk(2)
 
