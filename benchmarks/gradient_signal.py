@@ -166,19 +166,17 @@ def jackknife(statistic: Callable[..., Tensor], *parts: Tensor) -> tuple[float, 
     return statistic(*parts).item(), error.item()
 
 
-def compare(measured: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """What each setting's gradients are worth: the first setting is the reference, the second what gains are compared with."""
-    success, plain = (measured[name]["gradients"] for name in list(measured)[:2])
-    results = {}
-    for name, found in measured.items():
-        g = found["gradients"]
-        results[name] = {
-            "explained": found["explained"].mean().item(),
+def compare(found: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """What each setting's gradients `[B, D]` are worth: the first is the reference, the second what gains are compared with."""
+    reference, plain = (found[name] for name in list(found)[:2])
+    return {
+        name: {
             "agreement": jackknife(agreement, g),
-            "gain": jackknife(gain, g, success),
-            "more": jackknife(lambda a, b, r: gain(a, r) - gain(b, r), g, plain, success),
+            "gain": jackknife(gain, g, reference),
+            "more": jackknife(lambda a, b, r: gain(a, r) - gain(b, r), g, plain, reference),
         }
-    return results
+        for name, g in found.items()
+    }
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -208,7 +206,9 @@ def main(args: argparse.Namespace) -> None:
                 (folder / "measured.part").rename(folder / "measured.safetensors")  # there whole or not at all
             measured[name] = load_file(folder / "measured.safetensors")
             logger.info("%s: the critic explains %.0f %%", name, 100 * measured[name]["explained"].mean())
-    results = compare(measured)
+    results = compare({name: found["gradients"] for name, found in measured.items()})
+    for name, found in measured.items():
+        results[name]["explained"] = found["explained"].mean().item()
     (out / "results.json").write_text(json.dumps({"arguments": given, "settings": results}, indent=1) + "\n")
     (out / "results.md").write_text(markdown(results))
     logger.info("%s", markdown(results))

@@ -92,6 +92,9 @@ class IPIArguments:
     preference_starts: int = field(default=48, metadata={"help": "Initial states played for preference pairs."})
     rollouts_per_start: int = field(default=6, metadata={"help": "Episodes per initial state."})
     max_pairs_per_start: int = field(default=4, metadata={"help": "Most pairs of a stage from one initial state."})
+    both_passed: str = field(
+        default="cost", metadata={"help": "Of two that passed a stage: by 'cost', or by 'later' ones."}
+    )
     min_cost_gap: float = field(default=0.02, metadata={"help": "Smallest cost difference that makes a pair."})
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature of all phases, also in evaluation."}
@@ -189,7 +192,7 @@ def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any
     rollouts = TrajectoryFolder(data / "rollouts")
     signals = TrajectoryFolder(data / "rollouts", images=False)
     pairs = build_pairs(
-        signals, plan, objective=config.objective, min_cost_gap=args.min_cost_gap,
+        signals, plan, objective=config.objective, both_passed=args.both_passed, min_cost_gap=args.min_cost_gap,
         max_pairs_per_start=args.max_pairs_per_start, seed=args.seed,
     )  # fmt: skip
     logger.info("pairs per stage:\n%s", format_yield(pairs.yield_table))

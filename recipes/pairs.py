@@ -33,7 +33,12 @@ class PairsArguments:
     )
     output_dir: str = field(metadata={"help": "The pairs' folder."})
     objective: str = field(
-        default="sta-tpo", metadata={"help": "'sta-tpo': pairs of stages; 'tpo-mean', 'tpo-sum': whole trajectories."}
+        default="sta-tpo",
+        metadata={"help": "'sta-tpo', 'sta-tpo-sum': pairs of stages; 'tpo-mean', 'tpo-sum': whole trajectories."},
+    )
+    both_passed: str = field(
+        default="cost",
+        metadata={"help": "How two compare that passed a stage: by 'cost', or first by 'later' stages, then by cost."},
     )
     min_cost_gap: float = field(default=0.02, metadata={"help": "Smallest difference of costs that counts."})
     max_pairs_per_start: int | None = field(
@@ -57,6 +62,7 @@ def main(args: PairsArguments) -> None:
         trajectories,
         get_plan(trajectories[0].task),
         objective=args.objective,
+        both_passed=args.both_passed,
         min_cost_gap=args.min_cost_gap,
         max_pairs_per_start=args.max_pairs_per_start,
         balance=args.balance,

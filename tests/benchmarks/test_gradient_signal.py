@@ -45,15 +45,11 @@ def test_the_jackknife_of_a_mean_is_the_standard_error():
 def test_a_setting_is_compared_along_the_first_and_with_the_second():
     generator = torch.Generator().manual_seed(1)
     success = torch.tensor([1.0, 0.0, 0.0]) + 0.1 * torch.randn(6, 3, generator=generator)
-    measured = {
-        "success": {"gradients": success, "explained": torch.full((6,), 0.1)},
-        "ppo": {"gradients": torch.tensor([[1.0, 1.0, 0.0]] * 6), "explained": torch.full((6,), 0.2)},
-        "better": {"gradients": torch.tensor([[5.0, 0.0, 0.0]] * 6), "explained": torch.full((6,), 0.5)},
-    }
-    results = compare(measured)
+    plain, better = torch.tensor([[1.0, 1.0, 0.0]] * 6), torch.tensor([[5.0, 0.0, 0.0]] * 6)
+    results = compare({"success": success, "ppo": plain, "better": better})
     assert results["ppo"]["gain"][0] == pytest.approx(0.5**0.5, rel=0.1) and results["ppo"]["more"] == (0.0, 0.0)
     assert results["better"]["more"][0] == pytest.approx(1 - 0.5**0.5, rel=0.2)
-    table = markdown(results)
+    table = markdown({name: row | {"explained": 0.5} for name, row in results.items()})
     assert "| better | 50 % | 1.000 +- 0.000 | " in table and "more than ppo" in table
     assert gain(torch.zeros(3, 2), torch.ones(3, 2)).item() == agreement(torch.zeros(3, 2)).item() == 0.0
 

@@ -134,7 +134,7 @@ class StagePlan:
         """The same stages with every `L_k` of the potential times `factor`; events, distances and costs stay as they are.
 
         Below 1 the potential rises more steeply, and close to a stage's end. `L_k` = 0.3 m, about how far apart things are at first,
-        leaves it nearly flat: from 5 cm to the end of one of four stages it rises by 0.01, with a factor of 0.1 by 0.19.
+        leaves it nearly flat: from 5 cm to the end of one of four stages it rises by 0.01, with a factor of 0.1 by 0.13.
 
         Raises:
             ValueError: if `factor` is not positive and finite.

@@ -1,0 +1,157 @@
+"""How much of a preference loss's first gradient is signal? The same rollouts under several objectives.
+
+    python -m benchmarks.preference_signal --checkpoint outputs/evidence/starts/liftpegupright_1500/imitation --task LiftPegUpright-v1 \\
+        --rollouts ROLLOUTS --output_dir outputs/preference_signal
+
+`ROLLOUTS` is a folder of episodes of that checkpoint, several from each start (`recipes/collect.py`, or what
+`benchmarks/preference_learning.py` left). Its starts are dealt into `--groups`; each objective's pairs of a group give one gradient of
+the loss where training begins. There every pair has the same weight, and `centered` and `beta` change nothing but noise and length.
+`agreement` and `gain` are those of `benchmarks/gradient_signal.py`, the first objective (success against the other episodes from the
+same start) is what gains are measured along, the second what they are compared with. `results.json` and `results.md` are its output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from benchmarks.gradient_signal import ROWS, compare
+from trl_stare import StagePlan, TokenPolicy, get_plan
+from trl_stare.data import TrajectoryFolder, build_pairs
+from trl_stare.data.trajectory import Trajectory
+from trl_stare.evaluation.report import markdown_table
+from trl_stare.runs import claim_folder
+from trl_stare.trainers.ppo_batch import executed_tokens, observations
+from trl_stare.trainers.stage_dpo_config import SUMMED
+
+logger = logging.getLogger("preference_signal")
+
+SUCCESS = "success"
+"""The reference: each episode's success less the mean of the others from its start, for all of its decisions."""
+OBJECTIVES: dict[str, dict[str, str]] = {
+    "tpo-mean": {"objective": "tpo-mean"},
+    "tpo-sum": {"objective": "tpo-sum"},
+    "sta-tpo": {"objective": "sta-tpo"},
+    "sta-tpo-sum": {"objective": "sta-tpo-sum"},
+    "sta-tpo, later": {"objective": "sta-tpo", "both_passed": "later"},
+    "sta-tpo-sum, later": {"objective": "sta-tpo-sum", "both_passed": "later"},
+}
+"""Arguments of [`build_pairs`]; the first is what the others are compared with."""
+
+
+def success_weights(episodes: Sequence[Trajectory]) -> list[Tensor]:
+    """What each decision of each episode counts in the gradient of success: `success - mean of the others' from its start`.
+
+    Example: of one start, one of three episodes succeeds: 1, -1/2, -1/2. An episode without others: 0.
+    """
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for episode in episodes:
+        by_seed[episode.seed].append(float(episode.success_once))
+    weights = []
+    for episode in episodes:
+        own, found = float(episode.success_once), by_seed[episode.seed]
+        others = (sum(found) - own) / (len(found) - 1) if len(found) > 1 else own
+        weights.append(torch.full((len(episode.starts),), own - others))
+    return weights
+
+
+def pair_weights(
+    episodes: Sequence[Trajectory], plan: StagePlan, options: Mapping[str, str]
+) -> tuple[list[Tensor], int]:
+    """What each decision counts in the first gradient of a preference loss, and of how many pairs.
+
+    Each pair adds 1 to the decisions of its chosen side and -1 to those of its rejected side, over their number where a side has the
+    mean of its decisions.
+    """
+    weights = [torch.zeros(len(episode.starts)) for episode in episodes]
+    pairs = build_pairs(episodes, plan, min_cost_gap=float("inf"), **options).pairs
+    for pair in pairs:
+        for sign, side in ((1.0, "chosen"), (-1.0, "rejected")):
+            index = getattr(pair, side)
+            decisions = episodes[index].decisions_in(getattr(pair, f"{side}_start"), getattr(pair, f"{side}_stop"))
+            weights[index][decisions] += sign / (1 if options["objective"] in SUMMED else len(decisions))
+    return weights, len(pairs)
+
+
+def gradients(policy: TokenPolicy, episodes: Sequence[Trajectory], weights: Sequence[Tensor]) -> Tensor:
+    """`sum_d w_d grad log pi(a_d | s_d)` for every `w` `[M]` of `weights`, over all decisions, an episode: `[len(weights), D]`."""
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    found = torch.zeros(len(weights), sum(parameter.numel() for parameter in parameters))
+    inputs, trace = policy.prepare(observations(episodes)), torch.cat([episode.trace for episode in episodes])
+    mask = torch.cat([executed_tokens(episode, trace.shape[1], policy.chunk_size) for episode in episodes])
+    for rows in torch.arange(len(trace)).split(ROWS):
+        evaluation = policy.evaluate({name: value[rows] for name, value in inputs.items()}, trace[rows])
+        logps = (evaluation.logps * mask[rows]).sum(dim=1)
+        for index, weight in enumerate(weights):
+            last = index == len(weights) - 1
+            parts = torch.autograd.grad(
+                logps @ weight[rows], parameters, retain_graph=not last, materialize_grads=True, allow_unused=True
+            )
+            found[index] += torch.cat([part.flatten() for part in parts])
+    return found / len(episodes)
+
+
+def deal(seeds: Sequence[int], groups: int) -> list[set[int]]:
+    """The starts in so many groups. Example: seeds 3, 3, 5, 7, 9 in 2 groups: `[{3, 7}, {5, 9}]`."""
+    starts = sorted(set(seeds))
+    return [set(starts[first::groups]) for first in range(groups)]
+
+
+def markdown(results: Mapping[str, Mapping[str, Any]], pairs: Mapping[str, int]) -> str:
+    """The table a reader sees; standard errors behind +-, gains relative to that of the second."""
+    plain = list(results)[1]
+    unit = results[plain]["gain"][0]
+    rows = []
+    for name, row in results.items():
+        more = "-" if name == plain else "{:+.2f} +- {:.2f}".format(*(value / unit for value in row["more"]))
+        gained = "{:.2f} +- {:.2f}".format(*(value / unit for value in row["gain"]))
+        rows.append((name, pairs.get(name, "-"), "{:.3f} +- {:.3f}".format(*row["agreement"]), gained, more))
+    return markdown_table(("", "pairs", "agreement", f"gain, {plain} = 1", f"more than {plain}"), rows) + "\n"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compare, differentiate, tell."""
+    out = claim_folder(
+        args.output_dir, {name: str(value) for name, value in vars(args).items() if name != "output_dir"}
+    )
+    policy, plan = TokenPolicy.from_pretrained(args.checkpoint), get_plan(args.task)
+    policy.model.eval()
+    rollouts = TrajectoryFolder(args.rollouts)
+    seeds = [episode.seed for episode in TrajectoryFolder(args.rollouts, images=False)]
+    found, pairs = defaultdict(list), dict.fromkeys(OBJECTIVES, 0)
+    for group in tqdm(deal(seeds, args.groups), desc="groups"):
+        episodes = [rollouts[index] for index, seed in enumerate(seeds) if seed in group]
+        weights = {SUCCESS: success_weights(episodes)}
+        for name, options in OBJECTIVES.items():
+            weights[name], count = pair_weights(episodes, plan, options)
+            pairs[name] += count
+        rows = gradients(policy, episodes, [torch.cat(parts) for parts in weights.values()])
+        for name, gradient in zip(weights, rows, strict=True):
+            found[name].append(gradient)
+    results = compare({name: torch.stack(rows) for name, rows in found.items()})
+    (out / "results.json").write_text(json.dumps({"pairs": pairs, "objectives": results}, indent=1) + "\n")
+    (out / "results.md").write_text(markdown(results, pairs))
+    logger.info("%s", markdown(results, pairs))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--rollouts", type=Path, required=True, help="folder of its episodes, several from each start")
+    parser.add_argument("--task", default="StackCube-v1")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--groups", type=int, default=10, help="of starts, a gradient each")
+    arguments = parser.parse_args()
+    if arguments.groups < 3:  # an error needs two groups that are left when one is out
+        parser.error(f"`--groups` must be at least 3, got {arguments.groups}.")
+    main(arguments)
