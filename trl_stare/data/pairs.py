@@ -93,7 +93,7 @@ def build_pairs(
     passed stage k; if both did, the one of lower cost, if the costs differ by the gap at least. Each side must hold a
     decision ([`Trajectory.decisions_in`]). So there are pairs even where no episode succeeds.
 
-    How a stage was passed can decide what comes after it: a peg that was grasped at its middle cannot be stood up. With
+    How a stage was passed may decide what comes after it: how a peg is grasped, whether it can be stood up. With
     `both_passed="later"` the one whose episode passed more of the later stages is preferred of two that passed, and costs
     decide where these are equal. Ours; the paper does not say.
 
@@ -210,7 +210,7 @@ def _compare(
     if any(part.start == part.stop for part in parts.values()):  # one step is enough: some decision acts in it
         return "no_decision"
     # passing this stage comes before passing later ones, and both before cost
-    reach = {index: both_passed == "later" and num_passed(cuts[index]) for index in parts}
+    reach = {index: num_passed(cuts[index]) if both_passed == "later" else 0 for index in parts}
     chosen, rejected = sorted(parts, key=lambda index: (not parts[index].passed, -reach[index], parts[index].cost))
     better, worse = parts[chosen], parts[rejected]
     reason = "passed" if not worse.passed else "later" if reach[chosen] > reach[rejected] else "cost"
