@@ -34,10 +34,9 @@ from trl_stare.data import (
     validate_dataset,
 )
 from trl_stare.data.actors import policy_actor
-from trl_stare.data.pairs import BOTH_PASSED, REASONS
+from trl_stare.data.pairs import BOTH_PASSED, OBJECTIVES, REASONS
 from trl_stare.evaluation import evaluate, mcnemar_exact, package_versions, paired, read_episodes, write_episodes
 from trl_stare.runs import claim_folder
-from trl_stare.trainers.stage_dpo_config import OBJECTIVES
 
 logger = logging.getLogger("preference_learning")
 

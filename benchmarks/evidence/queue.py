@@ -9,8 +9,6 @@ from typing import Any
 
 import yaml
 
-from trl_stare.trainers.stage_dpo_config import OBJECTIVES
-
 METHODS = {
     "sft": (),
     "tpo": ("tpo-mean",),
@@ -22,9 +20,6 @@ METHODS = {
     "ipi": ("sta-tpo", "sta-ppo"),
 }
 """Method -> what is done to the start checkpoint, in order. `sft` is the checkpoint itself."""
-
-PREFERENCE = OBJECTIVES
-"""Of these steps the preference ones, by the name of their objective."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.queue import METHODS, PREFERENCE, Arm, Queue
+from benchmarks.evidence.queue import METHODS, Arm, Queue
 from trl_stare import TokenPolicy, evaluate, get_plan, make_env
 from trl_stare.data import TrajectoryFolder
+from trl_stare.data.pairs import OBJECTIVES
 from trl_stare.evaluation import write_episodes
 from trl_stare.runs import claim_folder
 
@@ -71,7 +72,7 @@ def steps_of(queue: Queue, arm: Arm, seed: int, start: Path, out: Path) -> list[
     """
     steps, model = [], start
     for name in METHODS[arm.method]:
-        make = _preference_step if name in PREFERENCE else _ppo_step
+        make = _preference_step if name in OBJECTIVES else _ppo_step
         steps.append(make(queue, arm, seed, model, out, name))
         model = steps[-1].policy
     return steps

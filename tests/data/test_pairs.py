@@ -143,14 +143,6 @@ def test_every_decision_that_acts_in_a_slice_belongs_to_it(start, stop, decision
     assert episode([1.0] * 6, [1.0] * 6).decisions_in(start, stop).tolist() == decisions
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_pairs(case):
-    trajectories, expected, yields = CASES[case]
-    result = build_pairs(trajectories, PLAN, min_cost_gap=0.02)
-    assert table(result.pairs) == expected
-    assert result.yield_table == yields
-
-
 LATER_CASES = {
     "of two that passed, the one that passed more of what follows, at whatever cost; costs where that is equal": (
         [SLOW, STUCK, FAST],
@@ -176,10 +168,15 @@ LATER_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", LATER_CASES)
-def test_pairs_that_look_ahead(case):
-    trajectories, expected, yields = LATER_CASES[case]
-    result = build_pairs(trajectories, PLAN, both_passed="later", min_cost_gap=0.02)
+BY_CHOICE = {"cost": CASES, "later": LATER_CASES}
+
+
+@pytest.mark.parametrize(
+    ("both_passed", "case"), [(choice, case) for choice in BY_CHOICE for case in BY_CHOICE[choice]]
+)
+def test_pairs(both_passed, case):
+    trajectories, expected, yields = BY_CHOICE[both_passed][case]
+    result = build_pairs(trajectories, PLAN, both_passed=both_passed, min_cost_gap=0.02)
     assert table(result.pairs) == expected
     assert result.yield_table == yields
 
@@ -188,6 +185,7 @@ def test_costs_and_identity_of_a_pair():
     (pair,) = build_pairs([SLOW, FAST], PLAN).pairs
     assert (pair.task, pair.instruction, pair.seed, pair.stage) == ("Toy-v1", "go", 1, 0)
     assert (pair.chosen_cost, pair.rejected_cost) == (0.25, 0.5)
+    assert build_pairs([SLOW, FAST], PLAN, both_passed="cost").pairs == (pair,)  # the default
 
 
 def test_the_gap_is_a_threshold():

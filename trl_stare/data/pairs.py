@@ -22,6 +22,7 @@ STAGE_OBJECTIVES = ("sta-tpo", "sta-tpo-sum")
 """Objectives that compare stages, by the mean or the sum of a side's decisions."""
 WHOLE_OBJECTIVES = ("tpo-mean", "tpo-sum")
 """Objectives that compare whole trajectories, by the mean or the sum (GRAPE) of a side's decisions."""
+OBJECTIVES = (*STAGE_OBJECTIVES, *WHOLE_OBJECTIVES)
 
 BOTH_PASSED = ("cost", "later")
 """How two are compared that both passed a stage; see [`build_pairs`]."""
@@ -105,8 +106,7 @@ def build_pairs(
         both_passed (`str`): one of [`BOTH_PASSED`]. Whole trajectories have no later stages.
         min_cost_gap (`float`): smallest difference of costs that counts, >= 0.
         max_pairs_per_start (`int`, *optional*): most pairs of one stage from one seed; a random choice is kept.
-        balance (`bool`): keep as many pairs of every stage as the stage with the fewest has, at random, after the cap.
-            Stages without any pair do not count.
+        balance (`bool`): keep as many pairs of every stage that has any as the one with the fewest, at random, after the cap.
         seed (`int`): of these choices.
 
     Raises:
@@ -119,12 +119,9 @@ def build_pairs(
     whole = objective in WHOLE_OBJECTIVES
     names = (WHOLE_TRAJECTORY,) if whole else plan.names
     cuts = [_whole(trajectory) if whole else segment(plan, trajectory.signals) for trajectory in trajectories]
-    starts: dict[tuple[int, str], list[int]] = defaultdict(list)
-    for index, trajectory in enumerate(trajectories):
-        starts[trajectory.seed, trajectory.instruction].append(index)
 
     chooser, pairs, table = random.Random(seed), [], {name: Counter() for name in names}
-    for members in starts.values():
+    for members in _by_start(trajectories):
         for stage, name in enumerate(names):
             made = []
             for first, second in combinations(members, 2):
@@ -133,9 +130,7 @@ def build_pairs(
                     made.append(outcome)
                 else:
                     table[name][outcome] += 1
-            kept = made
-            if max_pairs_per_start is not None and len(made) > max_pairs_per_start:
-                kept = [made[index] for index in sorted(chooser.sample(range(len(made)), max_pairs_per_start))]
+            kept = _cap(made, max_pairs_per_start, chooser)
             table[name]["made"] += len(kept)
             table[name]["capped"] += len(made) - len(kept)
             pairs.extend(kept)
@@ -176,6 +171,21 @@ def load_yield(folder: str | Path) -> dict[str, dict[str, int]] | None:
     """Read what [`save_yield`] wrote; `None` if it wrote nothing for this folder."""
     file = yield_file(folder)
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _by_start(trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    """Positions of the episodes that can be compared with each other, in order of their first."""
+    starts: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for index, trajectory in enumerate(trajectories):
+        starts[trajectory.seed, trajectory.instruction].append(index)
+    return list(starts.values())
+
+
+def _cap(made: list[StagePair], limit: int | None, chooser: random.Random) -> list[StagePair]:
+    """At most `limit` pairs, in their order."""
+    if limit is None or len(made) <= limit:
+        return made
+    return [made[index] for index in sorted(chooser.sample(range(len(made)), limit))]
 
 
 def _balance(pairs: Sequence[StagePair], table: Mapping[str, Counter[str]], chooser: random.Random) -> list[StagePair]:
@@ -256,8 +266,8 @@ def _check_arguments(
     min_cost_gap: float,
     max_pairs_per_start: int | None,
 ) -> None:
-    if objective not in (*STAGE_OBJECTIVES, *WHOLE_OBJECTIVES):
-        raise ValueError(f"`objective` must be one of {(*STAGE_OBJECTIVES, *WHOLE_OBJECTIVES)}, got {objective!r}.")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"`objective` must be one of {OBJECTIVES}, got {objective!r}.")
     if both_passed not in BOTH_PASSED:
         raise ValueError(f"`both_passed` must be one of {BOTH_PASSED}, got {both_passed!r}.")
     if min_cost_gap < 0:

@@ -194,6 +194,11 @@ class StagePlan:
                 )
         return torch.stack(columns, dim=-1)
 
+    def relative_distances(self, signals: Signals) -> Tensor:
+        """`d_k / L_k`, what progress is a function of, `[..., K]`."""
+        distances = self.distances(signals)
+        return distances / distances.new_tensor([stage.scale for stage in self.stages])
+
     def costs(self, signals: Signals) -> Tensor:
         """What a moment costs in each stage, `[..., K]`: `distance_k / cost_scale_k` (method.md 2)."""
         distances = self.distances(signals)
@@ -233,10 +238,9 @@ class StagePlan:
         return (current.clamp(max=len(self) - 1) + phi) / len(self)
 
     def _progress(self, signals: Signals, current: Tensor) -> Tensor:
-        distances = self.distances(signals)
-        scales = distances.new_tensor([stage.scale for stage in self.stages])
+        distances = self.relative_distances(signals)
         index = current.clamp(max=len(self) - 1).unsqueeze(-1)
-        nearness = 1.0 - (distances / scales).gather(-1, index).squeeze(-1)
+        nearness = 1.0 - distances.gather(-1, index).squeeze(-1)
         # float32's vectorised sigmoid rounds otherwise than its scalar one: a moment must be worth the same alone as in a batch
         phi = (torch.sigmoid(nearness.double()) / _SIGMOID_OF_ONE).to(distances.dtype)
         # rounding must not lift a distance of zero above 1

@@ -36,8 +36,7 @@ def stage_features(plan: StagePlan, signals: Signals, time: Tensor) -> Tensor:
     critic learns from them what it cannot from so few episodes' raw poses, whose differences it would have to find first.
     """
     current = F.one_hot(plan.current_stage(signals), len(plan) + 1).float()
-    distances = plan.distances(signals)
-    distances = distances / distances.new_tensor([stage.scale for stage in plan.stages])
+    distances = plan.relative_distances(signals)
     return torch.cat([current, distances, (distances + NEAR).log(), time[:, None]], dim=-1)
 
 

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from trl import DPOConfig
 
-from trl_stare.data.pairs import STAGE_OBJECTIVES, WHOLE_OBJECTIVES
+from trl_stare.data.pairs import OBJECTIVES, STAGE_OBJECTIVES
 from trl_stare.losses import PREFERENCE_LOSSES
 from trl_stare.trainers._compat import start_deepspeed_on_cpu
 from trl_stare.trainers.processes import end_with_launcher
 
-OBJECTIVES = (*STAGE_OBJECTIVES, *WHOLE_OBJECTIVES)
-"""`sta-tpo` compares stages; the TPO baselines compare whole trajectories. By the mean or the sum of a side's decisions."""
 SUMMED = ("sta-tpo-sum", "tpo-sum")
 """Objectives whose side has the sum of its decisions' scores."""
 
