@@ -3,8 +3,22 @@ import math
 import pytest
 import torch
 
+from trl_stare.envs.experts import LiftPegUprightExpert
 from trl_stare.stages import get_plan, segment
-from trl_stare.stages.tasks.peg import ALIGN_RADIUS, HALF_LENGTH, HOLD_OFFSET, LENGTH, LIFT_HEIGHT, UPRIGHT_ANGLE
+from trl_stare.stages.tasks.peg import (
+    ALIGN_RADIUS,
+    END,
+    GRIP,
+    GRIP_RADIUS,
+    HALF_LENGTH,
+    HOLD_OFFSET,
+    LENGTH,
+    LIFT_HEIGHT,
+    UPRIGHT_ANGLE,
+    end_distance,
+    grip_distance,
+    peg_axis,
+)
 
 LIFT, INSERT = get_plan("LiftPegUpright-v1"), get_plan("PegInsertionSide-v1")
 
@@ -21,7 +35,6 @@ def lift(tcp=(0.1, 0.0, 0.2), height=0.025, angle=0.0, roll=math.pi / 2, contact
         "tcp_position": torch.tensor(tcp),
         "object_position": torch.tensor([0.0, 0.0, height]),
         "object_quaternion": torch.tensor(raised(angle, roll)),
-        "object_lift": torch.tensor([height - 0.025]),
         "is_contact": torch.tensor(contact),
         "is_grasped": torch.tensor(grasped),
         "success": torch.tensor(success),
@@ -45,9 +58,9 @@ def insert(head, center, tcp=(0.0, 0.0, 0.2), height=0.02, contact=False, graspe
 UP = math.pi / 2
 HELD = {"contact": True, "grasped": True}
 FAR = lift()
-TOUCH = lift((0.1, 0.0, 0.025), contact=True)
+AT_GRIP = lift((0.1, 0.0, 0.04), contact=True)
 HOLD = lift((0.1, 0.0, 0.025), **HELD)
-HALFWAY = lift((0.05, 0.0, 0.1), 0.08, UP / 2, **HELD)
+HALFWAY = lift((0.1 * math.cos(UP / 2), 0.0, 0.08 + 0.1 * math.sin(UP / 2)), 0.08, UP / 2, **HELD)
 STEEP = lift((0.02, 0.0, 0.2), 0.125, UP - 0.1, **HELD)
 STANDS = lift((0.0, 0.0, 0.22), 0.12, UP, **HELD, success=True)
 
@@ -61,14 +74,25 @@ def test_names_and_reads():
 def test_thresholds():
     # method.md, and ManiSkill's `lift_peg_upright.py` and `peg_insertion_side.py`
     assert (UPRIGHT_ANGLE, LIFT_HEIGHT, HALF_LENGTH, ALIGN_RADIUS) == (0.2, 0.02, 0.12, 0.01)
+    # the demonstrator's grip, and what of an imitation policy's grasps stood up (docs/tasks.md)
+    assert (GRIP, GRIP_RADIUS, END) == (LiftPegUprightExpert().grip, 0.02, 0.075)
 
 
 @pytest.mark.parametrize(
     ("name", "row", "stage"),
     [
         ("far away", FAR, 0),
-        ("contact", TOUCH, 1),
-        ("held on the table: no lift is asked for", HOLD, 2),
+        ("touched at a grip", AT_GRIP, 1),
+        ("touched 2.1 cm over a grip", lift((0.1, 0.0, 0.046), contact=True), 0),
+        ("touched at the other end's grip", lift((-0.1, 0.01, 0.025), contact=True), 1),
+        ("touched in the middle", lift((0.0, 0.0, 0.025), contact=True), 0),
+        ("at a grip, not touched", lift((0.1, 0.0, 0.04)), 0),
+        ("held on the table by an end: no lift is asked for", HOLD, 2),
+        ("held by the other end", lift((-0.1, 0.0, 0.025), **HELD), 2),
+        ("held 7.4 cm from the centre", lift((0.074, 0.0, 0.025), **HELD), 0),
+        ("held 7.6 cm from the centre", lift((0.076, 0.0, 0.025), **HELD), 2),
+        ("held by the middle", lift((0.0, 0.0, 0.025), **HELD), 0),
+        ("held by the middle, from the side", lift((0.0, 0.08, 0.025), **HELD), 0),
         ("halfway up", HALFWAY, 2),
         ("0.201 rad from upright", lift(angle=UP - 0.201, height=0.12, **HELD), 2),
         ("0.199 rad from upright", lift(angle=UP - 0.199, height=0.12, **HELD), 3),
@@ -87,12 +111,11 @@ def test_current_stage_of_lift(name, row, stage):
 
 
 def test_distances_of_lift():
-    # Reach: |tcp - peg|; Grasp: the same plus the offset, 0 once held; Upright: 1 - |cos|; Settle: height plus arc
+    # Reach: |tcp - grip| of the nearer end; Grasp: plus the offset until held there; Upright: 1 - |cos|; Settle: height plus arc
     torch.testing.assert_close(
-        LIFT.distances(FAR),
-        torch.tensor([math.hypot(0.1, 0.175), math.hypot(0.1, 0.175) + HOLD_OFFSET, 1.0, 0.095 + 0.12 * UP]),
+        LIFT.distances(FAR), torch.tensor([0.175, 0.175 + HOLD_OFFSET, 1.0, 0.095 + 0.12 * UP]), atol=1e-6, rtol=0
     )
-    torch.testing.assert_close(LIFT.distances(HALFWAY)[1:3], torch.tensor([0.0, 1 - math.cos(UP / 2)]))
+    torch.testing.assert_close(LIFT.distances(HALFWAY)[1:3], torch.tensor([0.0, 1 - math.cos(UP / 2)]), atol=1e-6, rtol=0)
     torch.testing.assert_close(LIFT.distances(STEEP)[3].item(), 0.005 + 0.12 * 0.1, atol=1e-4, rtol=0)
     torch.testing.assert_close(LIFT.distances(STANDS)[2:], torch.zeros(2), atol=1e-4, rtol=0)
     # Upright has no unit: its costs are its distances
@@ -100,8 +123,29 @@ def test_distances_of_lift():
     assert LIFT.costs(FAR)[0] == LIFT.distances(FAR)[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "grip", "end"),
+    [
+        ("held by the end", HOLD, 0.0, 0.0),
+        ("held by the middle", lift((0.0, 0.0, 0.025), **HELD), 0.1, 0.15),
+        ("held 0.08 from the centre", lift((-0.08, 0.0, 0.025), **HELD), 0.02, 0.02),
+        ("2 cm over the other end, fingers open", lift((-0.1, 0.0, 0.045)), 0.02, 0.07),
+        ("held by the end that went up", HALFWAY, 0.0, 0.0),
+    ],
+)
+def test_the_hand_s_way_leads_to_an_end(name, row, grip, end):
+    torch.testing.assert_close(grip_distance(row, grip=0.1).item(), grip, atol=1e-6, rtol=0)
+    torch.testing.assert_close(end_distance(row, grip=0.1, end=0.075, offset=0.05).item(), end, atol=1e-6, rtol=0)
+
+
+def test_the_axis_is_that_of_the_pose():
+    for angle in (0.0, 0.1, -0.7, 1.5):
+        expected = torch.tensor([math.cos(angle), 0.0, math.sin(angle)])
+        torch.testing.assert_close(peg_axis(lift(angle=angle, roll=0.4)), expected, atol=1e-6, rtol=0)
+
+
 def test_a_clean_lift():
-    rows = [FAR, TOUCH, HOLD, HALFWAY, STEEP, STANDS]
+    rows = [FAR, AT_GRIP, HOLD, HALFWAY, STEEP, STANDS]
     signals = {name: torch.stack([row[name] for row in rows]) for name in FAR}
     assert LIFT.current_stage(signals).tolist() == [0, 1, 2, 2, 3, 4]
     assert (LIFT.potential(signals).diff() > 0).all()

@@ -45,6 +45,7 @@ def test_names_reads_and_the_native_radii():
     [
         ("far away", moment(IN_THE_AIR, (0.0, 0.0, 0.2), (0.0, 0.0, 0.02)), 0),
         ("contact", moment(IN_THE_AIR, (0.0, 0.0, 0.03), (0.0, 0.0, 0.02), contact=True), 1),
+        ("contact beside it", moment(IN_THE_AIR, (0.03, 0.0, 0.02), (0.0, 0.0, 0.02), contact=True), 0),
         ("lifted", held(IN_THE_AIR, (0.0, 0.0, 0.05)), 2),
         ("held below the goal", held(IN_THE_AIR, (0.2, 0.0, 0.15)), 2),
         ("held just outside the margin", held(IN_THE_AIR, (0.2, 0.0, 0.1549)), 2),
@@ -64,6 +65,7 @@ def test_current_stage_of_pick_cube(name, row, stage):
     ("name", "row", "stage"),
     [
         ("far away", moment(IN_THE_BIN, (0.0, 0.0, 0.2), (0.0, 0.0, 0.02)), 0),
+        ("contact beside it", moment(IN_THE_BIN, (0.0, 0.03, 0.02), (0.0, 0.0, 0.02), contact=True), 0),
         ("lifted", held(IN_THE_BIN, (0.0, 0.0, 0.05)), 2),
         ("carried low", held(IN_THE_BIN, (0.0, 0.0, 0.035)), 1),
         ("over the bin", held(IN_THE_BIN, (0.19, 0.0, 0.06)), 3),

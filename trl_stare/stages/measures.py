@@ -32,6 +32,14 @@ def touched(signals: Signals) -> Tensor:
     return signals["is_contact"] | signals["is_grasped"]
 
 
+def touched_near(signals: Signals, *, radius: float) -> Tensor:
+    """A finger touches the object with the TCP within `radius` metres of its centre, or the gripper holds it. `[...]` bool.
+
+    Fingers that come down beside the object touch it too, and nothing that follows makes a grasp of that (docs/tasks.md).
+    """
+    return (signals["is_contact"] & (reach_distance(signals) <= radius)) | signals["is_grasped"]
+
+
 def is_lifted(signals: Signals, *, height: float) -> Tensor:
     """The object is more than `height` metres above its rest height. `[...]` bool."""
     return signals["object_lift"][..., 0] > height

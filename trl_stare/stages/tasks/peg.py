@@ -21,6 +21,13 @@ LIFT_HEIGHT = 0.02
 """Metres above rest that count as lifted: about half the thickness of the peg, more than a push or a tilt lifts it by."""
 UPRIGHT_ANGLE = 0.2
 """Radians from the vertical at which Settle begins (method.md 1). From there the peg falls onto its foot by itself."""
+GRIP = 0.1
+"""Metres from LiftPegUpright-v1's peg centre to where it can be stood up by, near either end: there the demonstrator holds it
+(`trl_stare.envs.experts.LiftPegUprightExpert`). A peg held by its middle gets stuck under the palm."""
+GRIP_RADIUS = 0.02
+"""Metres from a grip within which the hand has reached it, as with the push pose of PushCube-v1 (method.md 1)."""
+END = 0.075
+"""Metres from the centre beyond which a peg counts as held by its end; why is measured in docs/tasks.md."""
 HALF_LENGTH = 0.12
 """Height of LiftPegUpright-v1's peg centre when it stands, metres (`peg_half_length` in ManiSkill's `lift_peg_upright.py`)."""
 ALIGN_RADIUS = 0.01
@@ -28,13 +35,53 @@ ALIGN_RADIUS = 0.01
 ManiSkill's `peg_insertion_side.py`."""
 
 
+def peg_axis(signals: Signals) -> Tensor:
+    """Unit vector along the peg, x of its own frame, in the world frame, `[..., 3]`.
+
+    Example: a peg that rises by 0.1 rad above the world's x axis: (0.995, 0, 0.0998).
+    """
+    w, x, y, z = signals["object_quaternion"].unbind(dim=-1)
+    return torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)], dim=-1)
+
+
 def upright_cosine(signals: Signals) -> Tensor:
     """`|cos|` of the angle between the peg's axis and the vertical, `[...]`: 0 for a lying peg, 1 for a standing one.
 
     Which end is up does not matter, as in the task's own test.
     """
-    w, x, y, z = signals["object_quaternion"].unbind(dim=-1)
-    return (2 * (x * z - w * y)).abs().clamp(max=1.0)
+    return peg_axis(signals)[..., 2].abs().clamp(max=1.0)
+
+
+def grip_distance(signals: Signals, *, grip: float) -> Tensor:
+    """`|tcp - grip|`, metres, `[...]`, to the nearer of the two points on the peg's axis that are `grip` metres from its centre.
+
+    Example: a hand at the centre of the peg, with `grip` 0.1: 0.1. Over one end, 2 cm up: 0.02.
+    """
+    offset, along = signals["tcp_position"] - signals["object_position"], grip * peg_axis(signals)
+    return torch.minimum((offset - along).norm(dim=-1), (offset + along).norm(dim=-1))
+
+
+def is_held_by_end(signals: Signals, *, end: float) -> Tensor:
+    """The gripper holds the peg more than `end` metres from its centre, along its axis. `[...]` bool."""
+    offset = signals["tcp_position"] - signals["object_position"]
+    return signals["is_grasped"] & ((offset * peg_axis(signals)).sum(dim=-1).abs() > end)
+
+
+def is_at_grip(signals: Signals, *, grip: float, radius: float, end: float) -> Tensor:
+    """A finger touches the peg with the TCP within `radius` metres of one of its two grips, or it is held by an end. `[...]` bool.
+
+    Not any touch will do: where the hand comes down decides where the peg is held.
+    """
+    near = grip_distance(signals, grip=grip) <= radius
+    return (touched(signals) & near) | is_held_by_end(signals, end=end)
+
+
+def end_distance(signals: Signals, *, grip: float, end: float, offset: float) -> Tensor:
+    """What is left of holding the peg by an end, metres, `[...]`: `|tcp - grip|`, plus `offset` until it is held there.
+
+    Example: held by its centre, with `grip` 0.1 and `offset` 0.05: 0.15. Held 0.08 from it: 0.02.
+    """
+    return grip_distance(signals, grip=grip) + offset * ~is_held_by_end(signals, end=end)
 
 
 def is_upright(signals: Signals, *, angle: float) -> Tensor:
@@ -77,11 +124,6 @@ def insert_distance(signals: Signals) -> Tensor:
     return torch.cat([missing, head[..., 1:]], dim=-1).norm(dim=-1)
 
 
-def is_held(signals: Signals) -> Tensor:
-    """The gripper holds the peg now. `[...]` bool."""
-    return signals["is_grasped"]
-
-
 REACH = Stage(
     name="Reach",
     done=touched,
@@ -96,14 +138,22 @@ register_plan(
     StagePlan(
         task="LiftPegUpright-v1",
         stages=(
-            REACH,
+            # where a peg is held decides whether it can be stood up: the hand's way leads to an end, not to the nearest touch
+            Stage(
+                name="Reach",
+                done=partial(is_at_grip, grip=GRIP, radius=GRIP_RADIUS, end=END),
+                distance=partial(grip_distance, grip=GRIP),
+                scale=LENGTH,
+                cost_scale=1.0,
+                reads=("tcp_position", "object_position", "object_quaternion", "is_contact", "is_grasped"),
+            ),
             Stage(
                 name="Grasp",
-                done=is_held,
                 # no lift is asked for: the peg may turn with its foot on the table
-                distance=partial(pick_distance, height=0.0, offset=HOLD_OFFSET),
+                done=partial(is_held_by_end, end=END),
+                distance=partial(end_distance, grip=GRIP, end=END, offset=HOLD_OFFSET),
                 scale=LENGTH,
-                reads=("tcp_position", "object_position", "object_lift", "is_grasped"),
+                reads=("tcp_position", "object_position", "object_quaternion", "is_grasped"),
             ),
             Stage(
                 name="Upright",

@@ -16,6 +16,7 @@ from trl_stare.stages.measures import (
     reach_distance,
     succeeded,
     touched,
+    touched_near,
     transport_distance,
 )
 from trl_stare.stages.registry import register_plan
@@ -23,6 +24,9 @@ from trl_stare.stages.spec import Stage, StagePlan
 
 LENGTH = 0.3
 """`L_k` of distances in metres: about how far apart things on the table are at first (method.md 2)."""
+REACH_RADIUS = 0.02
+"""Metres from the centre of a cube of 4 cm, or a sphere, within which a touch ends Reach: half its width, as with the push pose of
+PushCube-v1 (method.md 1). Which touches become grasps is measured in docs/tasks.md."""
 LIFT_HEIGHT = 0.02
 """Metres above rest that count as lifted: half a cube, more than a push or a tilt lifts an object by."""
 HOLD_OFFSET = 0.05
@@ -44,12 +48,12 @@ def is_held_near_goal(signals: Signals, *, radius: float) -> Tensor:
     return signals["is_grasped"] & (transport_distance(signals, clearance=0.0) <= radius)
 
 
-def _pick_stages() -> tuple[Stage, Stage]:
+def _pick_stages(radius: float | None) -> tuple[Stage, Stage]:
     """Reach and Grasp: the same wherever the object then goes."""
     return (
         Stage(
             name="Reach",
-            done=touched,
+            done=touched if radius is None else partial(touched_near, radius=radius),
             distance=reach_distance,
             scale=LENGTH,
             # the one cost the paper states, in plain metres
@@ -73,6 +77,7 @@ def pick_and_place_plan(
     last: str = "Place",
     clearance: float = TRANSPORT_CLEARANCE,
     over_height: float = LIFT_HEIGHT,
+    reach_radius: float | None = None,
 ) -> StagePlan:
     """Reach, Grasp, Transport and a last stage for a task in which an object is picked up and put down at a goal.
 
@@ -83,11 +88,12 @@ def pick_and_place_plan(
         clearance (`float`): metres above the goal that Transport heads for.
         over_height (`float`): metres above rest from which an object near the goal counts as over it. Must be less
             than it is lifted at the goal itself: else putting it down would be a step back.
+        reach_radius (`float`, *optional*): metres from the object's centre within which a touch ends Reach; any touch if not given.
     """
     return StagePlan(
         task=task,
         stages=(
-            *_pick_stages(),
+            *_pick_stages(reach_radius),
             Stage(
                 name="Transport",
                 done=partial(is_over_goal, radius=radius + TRANSPORT_MARGIN, height=over_height),
@@ -106,7 +112,9 @@ def pick_and_place_plan(
     )
 
 
-def pick_and_hold_plan(task: str, *, radius: float, last: str = "Place") -> StagePlan:
+def pick_and_hold_plan(
+    task: str, *, radius: float, last: str = "Place", reach_radius: float | None = None
+) -> StagePlan:
     """Reach, Grasp, Transport and a last stage for a task in which an object is picked up and held at a goal in space.
 
     Nothing is let go of: Transport ends with the object in the gripper near the goal, and the last stage's distance is
@@ -116,12 +124,13 @@ def pick_and_hold_plan(task: str, *, radius: float, last: str = "Place") -> Stag
         task (`str`): registered task name.
         radius (`float`): the task's own test, metres in space; Transport ends `TRANSPORT_MARGIN` outside it.
         last (`str`): name of the last stage.
+        reach_radius (`float`, *optional*): as in [`pick_and_place_plan`].
     """
     to_goal = partial(transport_distance, clearance=0.0)
     return StagePlan(
         task=task,
         stages=(
-            *_pick_stages(),
+            *_pick_stages(reach_radius),
             Stage(
                 name="Transport",
                 done=partial(is_held_near_goal, radius=radius + TRANSPORT_MARGIN),
@@ -140,7 +149,11 @@ def pick_and_hold_plan(task: str, *, radius: float, last: str = "Place") -> Stag
     )
 
 
-register_plan(pick_and_place_plan("StackCube-v1", radius=STACK_CUBE_RADIUS, last="Stack"))
+register_plan(
+    pick_and_place_plan("StackCube-v1", radius=STACK_CUBE_RADIUS, last="Stack", reach_radius=REACH_RADIUS)
+)
 # a sphere in the bin lies 5 mm above its rest on the table; beside the bin it cannot come as near
-register_plan(pick_and_place_plan("PlaceSphere-v1", radius=PLACE_SPHERE_RADIUS, over_height=0.0))
-register_plan(pick_and_hold_plan("PickCube-v1", radius=PICK_CUBE_RADIUS))
+register_plan(
+    pick_and_place_plan("PlaceSphere-v1", radius=PLACE_SPHERE_RADIUS, over_height=0.0, reach_radius=REACH_RADIUS)
+)
+register_plan(pick_and_hold_plan("PickCube-v1", radius=PICK_CUBE_RADIUS, reach_radius=REACH_RADIUS))

@@ -1,0 +1,214 @@
+"""Is a stage's event in the right place? What of success is decided where each stage ends, and does the event say it?
+
+    python -m benchmarks.stage_exits --task LiftPegUpright-v1 --rollouts ROLLOUTS --output_dir outputs/stage_exits
+
+`ROLLOUTS` is a folder of a thousand or more episodes of a policy that succeeds now and then (`recipes/collect.py`). For each stage:
+
+- `told by passing`: the share of the variance of success, among the episodes that reached the stage, that passing it explains;
+- `left open`: the share of the variance of success, among the episodes that passed it, that their state at this moment explains to a
+  small network (ten-fold cross-validation, so nothing learned by heart counts);
+- success by fifths of the stage's own distance where it ended.
+
+A stage that everyone passes and that leaves much open ends too early, or in too many ways: what decides over the episode has been
+done, and no comparison of later segments, nor any reward for passing, can tell it. `results.json` and `results.md` are the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trl_stare import StagePlan, get_plan
+from trl_stare.data import TrajectoryFolder
+from trl_stare.data.trajectory import Trajectory
+from trl_stare.evaluation.report import markdown_table
+from trl_stare.interfaces import Signals
+from trl_stare.runs import claim_folder
+from trl_stare.stages import segment
+
+logger = logging.getLogger("stage_exits")
+
+FOLDS = 10
+MIN_PASSED = 200
+"""Fewest episodes that passed a stage for which a network is asked: of fewer it learns nothing."""
+
+
+class Exit(NamedTuple):
+    """Where one episode left one stage.
+
+    Attributes:
+        passed (`bool`): or it did not leave it.
+        distance (`float`): the stage's own, at the last row of the segment.
+        state (`Tensor`): `[F]`, see [`features`]. success (`bool`): of the whole episode, afterwards.
+    """
+
+    passed: bool
+    distance: float
+    state: Tensor
+    success: bool
+
+
+def features(signals: Signals, row: int) -> Tensor:
+    """Everything the simulator says of one moment, `[F]`, and the hand in the object's own frame where both are known.
+
+    Success is left out, the time is put in. Quaternions are wxyz.
+    """
+    parts = [signals[name][row].flatten().float() for name in sorted(signals) if name != "success"]
+    if {"tcp_position", "object_position"} <= signals.keys():
+        offset = (signals["tcp_position"] - signals["object_position"])[row]
+        if "object_quaternion" in signals:
+            w, axis = signals["object_quaternion"][row, :1], -signals["object_quaternion"][row, 1:]
+            turned = torch.linalg.cross(axis, offset)
+            offset = offset + 2 * (w * turned + torch.linalg.cross(axis, turned))
+        # a hand on either side of an object is often as good as on the other
+        parts += [offset, offset.abs(), offset.norm()[None]]
+    return torch.cat([*parts, torch.tensor([float(row)])])
+
+
+def exits(episodes: Sequence[Trajectory], plan: StagePlan) -> list[list[Exit]]:
+    """For each stage, one row an episode that reached it."""
+    found: list[list[Exit]] = [[] for _ in plan.names]
+    for episode in episodes:
+        distances = plan.distances(episode.signals)
+        for part in segment(plan, episode.signals):
+            state = features(episode.signals, part.stop)
+            distance = distances[part.stop, part.stage].item()
+            found[part.stage].append(Exit(part.passed, distance, state, episode.success_once))
+    return found
+
+
+def told_by_passing(rows: Sequence[Exit]) -> float:
+    """Share of the variance of success between those that passed and those that did not.
+
+    Example: of four episodes two pass, and one of these succeeds: 1/3. If all pass: 0.
+    """
+    success = torch.tensor([float(row.success) for row in rows])
+    passed = torch.tensor([row.passed for row in rows])
+    if not success.var(unbiased=False):
+        return 0.0
+    between = sum(
+        (group.mean() - success.mean()) ** 2 * len(group)
+        for group in (success[passed], success[~passed])
+        if len(group)
+    )
+    return float(between / len(rows) / success.var(unbiased=False))
+
+
+def left_open(rows: Sequence[Exit], *, seed: int = 0) -> float | None:
+    """Share of the variance of success among those that passed which the state explains, cross-validated; at least 0.
+
+    Returns:
+        `float` or `None`: `None` for fewer than `MIN_PASSED`, or if all of them or none succeed.
+    """
+    passed = [row for row in rows if row.passed]
+    success = torch.tensor([float(row.success) for row in passed])
+    if len(passed) < MIN_PASSED or not success.var():
+        return None
+    states = torch.stack([row.state for row in passed])
+    states = (states - states.mean(dim=0)) / states.std(dim=0).clamp(min=1e-6)
+    generator = torch.Generator().manual_seed(seed)
+    guessed = torch.empty(len(passed))
+    for held_out in torch.randperm(len(passed), generator=generator).chunk(FOLDS):
+        rest = torch.ones(len(passed), dtype=torch.bool)
+        rest[held_out] = False
+        guessed[held_out] = guess(states[rest], success[rest], states[held_out], generator)
+    return max(0.0, float(1 - ((guessed - success) ** 2).mean() / success.var(unbiased=False)))
+
+
+def guess(states: Tensor, success: Tensor, asked: Tensor, generator: torch.Generator) -> Tensor:
+    """Probability of success in each of the states `asked`, `[B]`, from a small network fitted to `states` `[N, F]`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        network = nn.Sequential(
+            nn.Linear(states.shape[1], 32), nn.Tanh(), nn.Dropout(0.2), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
+        )
+        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.1)
+        for _ in range(30):
+            for batch in torch.randperm(len(states)).split(128):
+                loss = nn.functional.binary_cross_entropy_with_logits(network(states[batch])[:, 0], success[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        with torch.no_grad():
+            return network.eval()(asked)[:, 0].sigmoid()
+
+
+def by_fifths(rows: Sequence[Exit]) -> list[tuple[float, float]] | None:
+    """Of those that passed, nearest first: each fifth's median distance, and its share of successes.
+
+    Returns:
+        `list` or `None`: `None` if fewer than five passed.
+    """
+    passed = sorted((row for row in rows if row.passed), key=lambda row: row.distance)
+    if len(passed) < 5:
+        return None
+    groups = [passed[i * len(passed) // 5 : (i + 1) * len(passed) // 5] for i in range(5)]
+    return [(group[len(group) // 2].distance, sum(row.success for row in group) / len(group)) for group in groups]
+
+
+def measure(episodes: Sequence[Trajectory], plan: StagePlan) -> dict[str, Any]:
+    """The content of `results.json`: stage -> `reached`, `passed`, `told_by_passing`, `left_open`, `by_fifths`."""
+    return {
+        name: {
+            "reached": len(rows),
+            "passed": sum(row.passed for row in rows),
+            "told_by_passing": told_by_passing(rows) if rows else None,
+            "left_open": left_open(rows) if name != plan.names[-1] else None,
+            "by_fifths": by_fifths(rows) if name != plan.names[-1] else None,
+        }
+        for name, rows in zip(plan.names, exits(episodes, plan), strict=True)
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The content of `results.md`."""
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:.0f} %"
+
+    head = ["", "passed", "told by passing", "left open", "success by fifths, nearest first (median distance)"]
+    rows = [
+        [
+            name,
+            f"{row['passed']}/{row['reached']}",
+            percent(row["told_by_passing"]),
+            percent(row["left_open"]),
+            ", ".join(f"{percent(rate)} ({distance:.3g})" for distance, rate in row["by_fifths"] or []) or "-",
+        ]
+        for name, row in results.items()
+    ]
+    return markdown_table(head, rows) + "\n"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Read, measure, write."""
+    given = {"task": args.task, "rollouts": [str(path) for path in args.rollouts]}
+    out, plan = claim_folder(args.output_dir, given, free=()), get_plan(args.task)
+    episodes = [episode for folder in args.rollouts for episode in TrajectoryFolder(folder, images=False)]
+    results = measure(episodes, plan)
+    (out / "results.json").write_text(
+        json.dumps({"settings": given, "episodes": len(episodes), "stages": results}, indent=1) + "\n"
+    )
+    (out / "results.md").write_text(markdown(results))
+    logger.info("%d episodes\n%s", len(episodes), markdown(results))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, help="A registered task.")
+    parser.add_argument("--rollouts", type=Path, nargs="+", required=True, help="Folders of episodes.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Where results go.")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(parse())
