@@ -115,7 +115,9 @@ def test_distances_of_lift():
     torch.testing.assert_close(
         LIFT.distances(FAR), torch.tensor([0.175, 0.175 + HOLD_OFFSET, 1.0, 0.095 + 0.12 * UP]), atol=1e-6, rtol=0
     )
-    torch.testing.assert_close(LIFT.distances(HALFWAY)[1:3], torch.tensor([0.0, 1 - math.cos(UP / 2)]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        LIFT.distances(HALFWAY)[1:3], torch.tensor([0.0, 1 - math.cos(UP / 2)]), atol=1e-6, rtol=0
+    )
     torch.testing.assert_close(LIFT.distances(STEEP)[3].item(), 0.005 + 0.12 * 0.1, atol=1e-4, rtol=0)
     torch.testing.assert_close(LIFT.distances(STANDS)[2:], torch.zeros(2), atol=1e-4, rtol=0)
     # Upright has no unit: its costs are its distances

@@ -61,7 +61,11 @@ def test_the_native_radius():
     [
         ("far away", FAR, 0),
         ("contact", TOUCH, 1),
-        ("a finger that came down 2.1 cm beside the cube", moment((0.021, 0.0, 0.02), (0.0, 0.0, 0.02), contact=True), 0),
+        (
+            "a finger that came down 2.1 cm beside the cube",
+            moment((0.021, 0.0, 0.02), (0.0, 0.0, 0.02), contact=True),
+            0,
+        ),
         ("1.9 cm beside it", moment((0.019, 0.0, 0.02), (0.0, 0.0, 0.02), contact=True), 1),
         ("around the cube, not touched", moment((0.0, 0.0, 0.02), (0.0, 0.0, 0.02)), 0),
         ("grasped without contact force", FAR | {"is_grasped": torch.tensor(True)}, 1),

@@ -149,9 +149,7 @@ def pick_and_hold_plan(
     )
 
 
-register_plan(
-    pick_and_place_plan("StackCube-v1", radius=STACK_CUBE_RADIUS, last="Stack", reach_radius=REACH_RADIUS)
-)
+register_plan(pick_and_place_plan("StackCube-v1", radius=STACK_CUBE_RADIUS, last="Stack", reach_radius=REACH_RADIUS))
 # a sphere in the bin lies 5 mm above its rest on the table; beside the bin it cannot come as near
 register_plan(
     pick_and_place_plan("PlaceSphere-v1", radius=PLACE_SPHERE_RADIUS, over_height=0.0, reach_radius=REACH_RADIUS)
