@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,13 @@ class Step:
         """Environment steps that the step took to learn, its evaluation not counted."""
         if self.ledger is not None:
             return sum(json.loads(line)["length"] for line in self.ledger.read_text().splitlines())
-        rollouts = TrajectoryFolder(self.flags["rollouts"], images=False)
-        return sum(rollout.num_steps for rollout in rollouts)
+        return steps_played(self.flags["rollouts"])
+
+
+@cache
+def steps_played(rollouts: Path) -> int:
+    """Environment steps of a complete folder of rollouts. Read once: thousands of episodes take seconds, and every arm asks anew."""
+    return sum(rollout.num_steps for rollout in TrajectoryFolder(rollouts, images=False))
 
 
 def steps_of(queue: Queue, arm: Arm, seed: int, start: Path, out: Path) -> list[Step]:
