@@ -32,6 +32,7 @@ from trl_stare.evaluation.report import markdown_table
 from trl_stare.interfaces import Signals
 from trl_stare.runs import claim_folder
 from trl_stare.stages import segment
+from trl_stare.tasks import import_tasks
 
 logger = logging.getLogger("stage_exits")
 
@@ -189,6 +190,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Read, measure, write."""
+    import_tasks(args.task_module)
     given = {"task": args.task, "rollouts": [str(path) for path in args.rollouts]}
     out, plan = claim_folder(args.output_dir, given, free=()), get_plan(args.task)
     episodes = [episode for folder in args.rollouts for episode in TrajectoryFolder(folder, images=False)]
@@ -204,6 +206,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, help="A registered task.")
+    parser.add_argument("--task_module", help="Module, or its file, that registers tasks of your own.")
     parser.add_argument("--rollouts", type=Path, nargs="+", required=True, help="Folders of episodes.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where results go.")
     return parser.parse_args()

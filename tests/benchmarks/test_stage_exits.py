@@ -110,7 +110,7 @@ def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_stare.stages.registry._PLANS", dict(_PLANS))
     register_plan(plan)
     save_trajectories([replace(e, task=plan.task) for e in episodes], tmp_path / "rollouts", plan)
-    main(Namespace(task=plan.task, rollouts=[tmp_path / "rollouts"], output_dir=tmp_path / "out"))
+    main(Namespace(task=plan.task, task_module=None, rollouts=[tmp_path / "rollouts"], output_dir=tmp_path / "out"))
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["episodes"] == 40 and written["stages"] == json.loads(json.dumps(measure(episodes, plan)))
     near, hit = written["stages"].values()
