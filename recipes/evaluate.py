@@ -205,7 +205,7 @@ def evaluate_task(job: Job, task: str, variation: str, out: Path) -> tuple[list[
             )  # fmt: skip
         environment = env.metadata | {"num_parts": len(env.parts)}
     videos = [path.relative_to(out).as_posix() for path in sorted((out / "videos" / task).glob("*.mp4"))]
-    metrics = task_metrics(rows, stages.names, rule=args.success_rule, environment=environment, videos=videos)
+    metrics = task_metrics(rows, stages.event_names, rule=args.success_rule, environment=environment, videos=videos)
     write_played(file, rows)
     found.write_text(json.dumps(metrics))
     shutil.rmtree(blocks)

@@ -38,8 +38,9 @@ def episode(seed, solved, *, at_end=None, task="PushCube-v1", void="", reached_s
 def info(rows, **changes):
     environment = {"sim_backend": "physx_cpu", "render_backend": "sapien_cpu", "visuals": "light"}
     environment |= {"max_episode_steps": 9}
+    events = changes.pop("events", {"Reach": "touched", "Push": "succeeded"})
     settings = {"success_rule": "success_once", "temperature": 1.0, **changes.pop("settings", {})}
-    metrics = task_metrics(rows, ("Reach", "Push"), rule=settings["success_rule"], environment=environment | changes)
+    metrics = task_metrics(rows, events, rule=settings["success_rule"], environment=environment | changes)
     return build_eval_info(
         policy={"name": "p", "revision": None, "files": {}},
         settings=settings,
@@ -120,6 +121,7 @@ def test_only_common_starts_that_nothing_spoiled_are_compared():
         ({"visuals": "stock"}, "visuals"),
         ({"variation": "camera/shift"}, "variation"),
         ({"max_episode_steps": 10}, "max_episode_steps"),
+        ({"events": {"Reach": "touched_near(radius=0.02)", "Push": "succeeded"}}, "stage_events"),
     ],
 )
 def test_other_conditions_are_refused_by_name_unless_allowed(changes, name):

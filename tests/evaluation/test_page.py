@@ -40,7 +40,7 @@ ROWS = [
 
 
 def evaluation(name="<b>bold</b>", rule="success_once", history=()):
-    metrics = task_metrics(ROWS, STAGES, rule=rule, environment={})
+    metrics = task_metrics(ROWS, dict.fromkeys(STAGES, "touched"), rule=rule, environment={})
     info = build_eval_info(
         policy={"name": name},
         settings={"success_rule": rule, "temperature": 1.0},

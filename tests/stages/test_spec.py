@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -33,6 +34,30 @@ def test_names_length_and_reads():
     assert PLAN.names == ("Walk", "Turn", "Sit")
     assert len(PLAN) == 3
     assert PLAN.reads == ("here", "gap", "success")
+
+
+def within(signals, radius):
+    return signals["gap"][..., 0] <= radius
+
+
+class Near:
+    def __call__(self, signals):
+        return signals["here"]
+
+
+@pytest.mark.parametrize(
+    ("done", "name"),
+    [
+        (within, "within"),
+        (partial(within, radius=0.02), "within(radius=0.02)"),
+        (partial(partial(within, radius=0.3), None), "within(None, radius=0.3)"),
+        (lambda s: s["here"], "<lambda>"),
+        (Near(), "Near"),
+    ],
+)
+def test_events_have_names_and_thresholds(done, name):
+    plan = StagePlan("Bench-v0", (make_stage("Walk", done=done), LAST))
+    assert plan.event_names == {"Walk": name, "Sit": "succeeded"}
 
 
 def test_exits_distances_and_costs():

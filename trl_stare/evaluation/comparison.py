@@ -31,6 +31,7 @@ CONDITIONS = (
     "variation",
     "control_mode",
     "simulator_versions",
+    "stage_events",
 )
 """What must be the same for a difference to be the policies'."""
 
@@ -97,6 +98,7 @@ def conditions(info: Mapping[str, Any]) -> dict[str, Any]:
     # results that are older than variations were nominal
     found["variation"] = {task: metrics["environment"].get("variation", NOMINAL) for task, metrics in tasks.items()}
     found["simulator_versions"] = {task: metrics["environment"].get("versions") for task, metrics in tasks.items()}
+    found["stage_events"] = {task: metrics.get("stage_events") for task, metrics in tasks.items()}
     return found
 
 

@@ -23,7 +23,7 @@ RULES = ("success_once", "success_at_end")
 
 def task_metrics(
     episodes: Sequence[PlayedEpisode],
-    stage_names: Sequence[str],
+    stage_events: Mapping[str, str],
     *,
     rule: str,
     environment: Mapping[str, Any],
@@ -33,20 +33,20 @@ def task_metrics(
 
     Args:
         episodes (`Sequence[PlayedEpisode]`): its rows; void ones are counted apart.
-        stage_names (`Sequence[str]`): of its plan, in order.
+        stage_events (`Mapping[str, str]`): [`~trl_stare.stages.StagePlan.event_names`] of its plan.
         rule (`str`): one of `RULES`, what `n_success` counts.
         environment (`Mapping`): what the environment says about itself.
         videos (`Sequence[str]`): relative to the evaluation's folder.
 
     Returns:
         `dict`: see [`rates`], and `n_voided`, `eval_seeds` (evaluation seed -> its episodes' seeds, as text), `stages` (name ->
-        `reached`, `passed`, `rate`, `ci95`: P(stage | the one before)), `environment`, `video_paths`.
+        `reached`, `passed`, `rate`, `ci95`: P(stage | the one before)), `stage_events`, `environment`, `video_paths`.
 
     Raises:
         ValueError: if no episode counts, or `rule` is unknown.
     """
     results = counted(episodes)
-    counts = stage_success([result.segments for result in results], len(stage_names))
+    counts = stage_success([result.segments for result in results], len(stage_events))
     by_seed: dict[int, list[int]] = {}
     for episode in episodes:
         by_seed.setdefault(episode.eval_seed, []).append(episode.result.seed)
@@ -54,7 +54,8 @@ def task_metrics(
         **rates(results, rule),
         "n_voided": len(episodes) - len(results),
         "eval_seeds": {str(seed): format_seeds(starts) for seed, starts in by_seed.items()},
-        "stages": {name: _stage(*count) for name, count in zip(stage_names, counts, strict=True)},
+        "stages": {name: _stage(*count) for name, count in zip(stage_events, counts, strict=True)},
+        "stage_events": dict(stage_events),
         "environment": dict(environment),
         "video_paths": list(videos),
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,6 +74,13 @@ class Stage:
                 raise ValueError(f"`{field}` of stage {self.name!r} must be positive and finite, got {value}.")
 
 
+def _name(done: Callable) -> str:
+    if not isinstance(done, partial):
+        return getattr(done, "__name__", type(done).__name__)
+    given = [*map(repr, done.args), *(f"{name}={value!r}" for name, value in done.keywords.items())]
+    return f"{_name(done.func)}({', '.join(given)})"
+
+
 class _Declared(dict):
     """The signals one stage has declared: an undeclared one is a mistake even where the environment offers it."""
 
@@ -124,6 +132,14 @@ class StagePlan:
     def names(self) -> tuple[str, ...]:
         """The stages' names, in order."""
         return tuple(stage.name for stage in self.stages)
+
+    @property
+    def event_names(self) -> dict[str, str]:
+        """Stage -> its event by name and thresholds, in order: what tells results under one plan from results under another.
+
+        Example: `{"Reach": "touched_near(radius=0.02)", ..., "Stack": "succeeded"}`.
+        """
+        return {stage.name: _name(stage.done) for stage in self.stages}
 
     @property
     def reads(self) -> tuple[str, ...]:
