@@ -7,6 +7,8 @@
 - `told by passing`: the share of the variance of success, among the episodes that reached the stage, that passing it explains;
 - `left open`: the share of the variance of success, among the episodes that passed it, that their state at this moment explains to a
   small network (ten-fold cross-validation, so nothing learned by heart counts);
+- `decided by the start`: the share of the variance of how near to the stage's goal episodes came that lies between starts and not
+  between episodes of one start. What is the same in all of them no comparison of them can teach;
 - success by fifths of the stage's own distance where it ended.
 
 A stage that everyone passes and that leaves much open ends too early, or in too many ways: what decides over the episode has been
@@ -46,12 +48,15 @@ class Exit(NamedTuple):
 
     Attributes:
         passed (`bool`): or it did not leave it.
-        distance (`float`): the stage's own, at the last row of the segment.
+        distance (`float`): the stage's own, at the last row of the segment. nearest (`float`): the smallest within it.
+        seed (`int`): of the episode, its start.
         state (`Tensor`): `[F]`, see [`features`]. success (`bool`): of the whole episode, afterwards.
     """
 
     passed: bool
     distance: float
+    nearest: float
+    seed: int
     state: Tensor
     success: bool
 
@@ -80,8 +85,9 @@ def exits(episodes: Sequence[Trajectory], plan: StagePlan) -> list[list[Exit]]:
         distances = plan.distances(episode.signals)
         for part in segment(plan, episode.signals):
             state = features(episode.signals, part.stop)
-            distance = distances[part.stop, part.stage].item()
-            found[part.stage].append(Exit(part.passed, distance, state, episode.success_once))
+            within = distances[part.start : part.stop + 1, part.stage]
+            row = Exit(part.passed, within[-1].item(), within.min().item(), episode.seed, state, episode.success_once)
+            found[part.stage].append(row)
     return found
 
 
@@ -141,6 +147,31 @@ def guess(states: Tensor, success: Tensor, asked: Tensor, generator: torch.Gener
             return network.eval()(asked)[:, 0].sigmoid()
 
 
+def decided_by_start(rows: Sequence[Exit]) -> float | None:
+    """Intraclass correlation of `nearest` within starts, ICC(1, 1) of Shrout and Fleiss (Psychological Bulletin 86, 1979); at least 0.
+
+    Starts with different numbers of episodes are weighed as in an analysis of variance (Donner, International Statistical Review 54, 1986).
+
+    Returns:
+        `float` or `None`: `None` if no start, or only one, has several episodes, or if nothing varies.
+
+    Example: starts whose episodes come as near as 0.1, 0.1 and as 0.3, 0.3: 1. As 0.1, 0.3 and as 0.1, 0.3: 0.
+    """
+    by_seed: dict[int, list[float]] = {}
+    for row in rows:
+        by_seed.setdefault(row.seed, []).append(row.nearest)
+    groups = [torch.tensor(values, dtype=torch.float64) for values in by_seed.values() if len(values) > 1]
+    if len(groups) < 2:
+        return None
+    sizes, everything = torch.tensor([float(len(group)) for group in groups]).double(), torch.cat(groups)
+    means = torch.stack([group.mean() for group in groups])
+    between = (sizes * (means - everything.mean()) ** 2).sum() / (len(groups) - 1)
+    within = sum(((group - group.mean()) ** 2).sum() for group in groups) / (len(everything) - len(groups))
+    size = (sizes.sum() - (sizes**2).sum() / sizes.sum()) / (len(groups) - 1)
+    total = between + (size - 1) * within
+    return max(0.0, float((between - within) / total)) if total > 0 else None
+
+
 def by_fifths(rows: Sequence[Exit]) -> list[tuple[float, float]] | None:
     """Of those that passed, nearest first: each fifth's median distance, and its share of successes.
 
@@ -155,13 +186,14 @@ def by_fifths(rows: Sequence[Exit]) -> list[tuple[float, float]] | None:
 
 
 def measure(episodes: Sequence[Trajectory], plan: StagePlan) -> dict[str, Any]:
-    """The content of `results.json`: stage -> `reached`, `passed`, `told_by_passing`, `left_open`, `by_fifths`."""
+    """The content of `results.json`: stage -> `reached`, `passed`, `told_by_passing`, `left_open`, `decided_by_start`, `by_fifths`."""
     return {
         name: {
             "reached": len(rows),
             "passed": sum(row.passed for row in rows),
             "told_by_passing": told_by_passing(rows) if rows else None,
             "left_open": left_open(rows) if name != plan.names[-1] else None,
+            "decided_by_start": decided_by_start(rows),
             "by_fifths": by_fifths(rows) if name != plan.names[-1] else None,
         }
         for name, rows in zip(plan.names, exits(episodes, plan), strict=True)
@@ -174,13 +206,21 @@ def markdown(results: dict[str, Any]) -> str:
     def percent(share: float | None) -> str:
         return "-" if share is None else f"{100 * share:.0f} %"
 
-    head = ["", "passed", "told by passing", "left open", "success by fifths, nearest first (median distance)"]
+    head = [
+        "",
+        "passed",
+        "told by passing",
+        "left open",
+        "decided by the start",
+        "success by fifths, nearest first (median distance)",
+    ]
     rows = [
         [
             name,
             f"{row['passed']}/{row['reached']}",
             percent(row["told_by_passing"]),
             percent(row["left_open"]),
+            percent(row["decided_by_start"]),
             ", ".join(f"{percent(rate)} ({distance:.3g})" for distance, rate in row["by_fifths"] or []) or "-",
         ]
         for name, row in results.items()

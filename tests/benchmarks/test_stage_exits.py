@@ -19,6 +19,7 @@ from ppo_toy import PLAN, ToyEnv, make_policy, make_trajectory  # noqa: E402
 from benchmarks.stage_exits import (  # noqa: E402
     Exit,
     by_fifths,
+    decided_by_start,
     exits,
     features,
     left_open,
@@ -40,14 +41,15 @@ def episode(distances, success, seed=1):
     return replace(toy, signals=signals, seed=seed)
 
 
-def row(passed, success, state=(0.0,), distance=0.0):
-    return Exit(passed, distance, torch.tensor(state), success)
+def row(passed, success, state=(0.0,), distance=0.0, nearest=0.0, seed=0):
+    return Exit(passed, distance, nearest, seed, torch.tensor(state), success)
 
 
 def test_one_row_for_each_stage_that_was_reached():
     near, hit = exits([episode([1.0, 0.5, 0.2], True), episode([1.0, 0.8, 0.9], False)], PLAN)
     assert [(r.passed, r.success) for r in near] == [(True, True), (False, False)]
     assert [r.distance for r in near] == pytest.approx([0.5, 0.9])
+    assert [r.nearest for r in near] == pytest.approx([0.5, 0.8])
     # the state where the stage ended: the signal and the time, not success
     assert near[0].state.tolist() == [0.5, 1.0]
     assert [(r.passed, r.success) for r in hit] == [(True, True)]
@@ -78,6 +80,27 @@ def test_what_is_left_open():
     # what was not passed plays no part; of few, or of one kind, nothing can be learned
     assert left_open(decided + [row(False, False)] * 50) == left_open(decided)
     assert left_open(decided[:199]) is None and left_open([row(True, True, s.tolist()) for s in states]) is None
+
+
+RATINGS = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]
+"""Shrout and Fleiss (1979), table 2: four judges rate six targets."""
+
+
+@pytest.mark.parametrize(
+    ("by_start", "share"),
+    [
+        (RATINGS, 0.1657),
+        ([[0.1, 0.1], [0.3, 0.3]], 1.0),
+        ([[0.1, 0.3], [0.1, 0.3]], 0.0),
+        # by hand: mean squares 169/30 between and 7/18 within, size 5 - 13/5 = 2.4
+        ([[1.0, 2.0], [3.0, 4.0, 4.0]], (169 / 30 - 7 / 18) / (169 / 30 + 1.4 * 7 / 18)),
+        ([[0.1, 0.1], [0.1, 0.1]], None),
+        ([[0.1], [0.2], [0.3, 0.4]], None),
+    ],
+)
+def test_what_the_start_decides(by_start, share):
+    rows = [row(True, True, nearest=value, seed=seed) for seed, values in enumerate(by_start) for value in values]
+    assert decided_by_start(rows) == (share if share is None else pytest.approx(share, abs=1e-4))
 
 
 def test_fifths_begin_with_the_nearest():
@@ -116,4 +139,6 @@ def test_the_command(tmp_path, monkeypatch):
     near, hit = written["stages"].values()
     assert 0 < near["passed"] < near["reached"] == 40 and hit["told_by_passing"] == pytest.approx(1.0)
     assert markdown(written["stages"]) == (tmp_path / "out" / "results.md").read_text()
-    assert f"| Near | {near['passed']}/40 | {100 * near['told_by_passing']:.0f} % | - |" in markdown(written["stages"])
+    assert f"| Near | {near['passed']}/40 | {100 * near['told_by_passing']:.0f} % | - | - |" in markdown(
+        written["stages"]
+    )
