@@ -3,6 +3,7 @@
 import pickle
 from dataclasses import fields, replace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -123,8 +124,11 @@ def test_what_cannot_be_read_is_named(saved, tmp_path):
     for file in saved[0].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     file = sorted(folder.iterdir())[1]
+    column = pq.ParquetFile(file).metadata.row_group(0).column(0)
     data = bytearray(file.read_bytes())
-    data[len(data) // 3] ^= 1
+    data[column.data_page_offset + column.total_compressed_size - 1] ^= (
+        1  # of the values, not of a header, which has no checksum
+    )
     file.write_bytes(data)
     sequence = TrajectoryFolder(folder)
     assert sequence[0].seed == 0 and sequence[22].seed == 5
