@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from trl_stare import StagePlan, get_plan
 from trl_stare.data import TrajectoryFolder
 from trl_stare.data.trajectory import Trajectory
+from trl_stare.envs.experts.motion import inverse, rotate
 from trl_stare.evaluation.report import markdown_table
 from trl_stare.interfaces import Signals
 from trl_stare.runs import claim_folder
@@ -70,9 +71,7 @@ def features(signals: Signals, row: int) -> Tensor:
     if {"tcp_position", "object_position"} <= signals.keys():
         offset = (signals["tcp_position"] - signals["object_position"])[row]
         if "object_quaternion" in signals:
-            w, axis = signals["object_quaternion"][row, :1], -signals["object_quaternion"][row, 1:]
-            turned = torch.linalg.cross(axis, offset)
-            offset = offset + 2 * (w * turned + torch.linalg.cross(axis, turned))
+            offset = rotate(inverse(signals["object_quaternion"][row]), offset)
         # a hand on either side of an object is often as good as on the other
         parts += [offset, offset.abs(), offset.norm()[None]]
     return torch.cat([*parts, torch.tensor([float(row)])])
@@ -163,7 +162,7 @@ def decided_by_start(rows: Sequence[Exit]) -> float | None:
     groups = [torch.tensor(values, dtype=torch.float64) for values in by_seed.values() if len(values) > 1]
     if len(groups) < 2:
         return None
-    sizes, everything = torch.tensor([float(len(group)) for group in groups]).double(), torch.cat(groups)
+    sizes, everything = torch.tensor([len(group) for group in groups], dtype=torch.float64), torch.cat(groups)
     means = torch.stack([group.mean() for group in groups])
     between = (sizes * (means - everything.mean()) ** 2).sum() / (len(groups) - 1)
     within = sum(((group - group.mean()) ** 2).sum() for group in groups) / (len(everything) - len(groups))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests" / "trainers"))
 
-from ppo_toy import PLAN, ToyEnv, make_policy, make_trajectory  # noqa: E402
+from ppo_toy import PLAN, ToyEnv, make_approach, make_policy  # noqa: E402
 
 from benchmarks.preference_signal import OBJECTIVES, deal, gradients, main, pair_weights, success_weights  # noqa: E402
 from trl_stare.data import build_pairs, play, save_trajectories  # noqa: E402
@@ -23,21 +23,12 @@ from trl_stare.stages.registry import _PLANS  # noqa: E402
 from trl_stare.trainers.ppo_batch import observations  # noqa: E402
 from trl_stare.trainers.stage_dpo_config import SUMMED  # noqa: E402
 
-
-def episode(distances, success, seed=1):
-    """One decision a step; Near ends below 0.6, Hit with success."""
-    toy = make_trajectory([0.0] * (len(distances) - 2) + [float(success)], list(range(len(distances) - 1)), success)
-    signals = {"distance": torch.tensor(distances)[:, None], "success": torch.zeros(len(distances), dtype=torch.bool)}
-    signals["success"][-1] = success
-    return replace(toy, signals=signals, seed=seed)
-
-
-SOLVED = episode([1.0, 0.5, 0.2], True)  # Near [0, 1), Hit [1, 2)
-STUCK = episode([1.0, 0.8, 0.5, 0.5, 0.5], False)  # Near [0, 2), Hit [2, 4) failed
+SOLVED = make_approach([1.0, 0.5, 0.2], True)  # Near [0, 1), Hit [1, 2)
+STUCK = make_approach([1.0, 0.8, 0.5, 0.5, 0.5], False)  # Near [0, 2), Hit [2, 4) failed
 
 
 def test_success_counts_against_the_others_of_its_start():
-    alone = episode([1.0, 0.8], False, seed=2)
+    alone = make_approach([1.0, 0.8], False, seed=2)
     weights = success_weights([SOLVED, STUCK, STUCK, alone])
     assert [row.tolist() for row in weights] == [[1.0, 1.0], [-0.5] * 4, [-0.5] * 4, [0.0]]
 

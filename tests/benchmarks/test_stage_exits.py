@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests" / "trainers"))
 
-from ppo_toy import PLAN, ToyEnv, make_policy, make_trajectory  # noqa: E402
+from ppo_toy import PLAN, ToyEnv, make_approach, make_policy  # noqa: E402
 
 from benchmarks.stage_exits import (  # noqa: E402
     Exit,
@@ -33,20 +33,12 @@ from trl_stare.stages import register_plan  # noqa: E402
 from trl_stare.stages.registry import _PLANS  # noqa: E402
 
 
-def episode(distances, success, seed=1):
-    """One decision a step; Near ends below 0.6, Hit with success."""
-    toy = make_trajectory([0.0] * (len(distances) - 2) + [float(success)], list(range(len(distances) - 1)), success)
-    signals = {"distance": torch.tensor(distances)[:, None], "success": torch.zeros(len(distances), dtype=torch.bool)}
-    signals["success"][-1] = success
-    return replace(toy, signals=signals, seed=seed)
-
-
 def row(passed, success, state=(0.0,), distance=0.0, nearest=0.0, seed=0):
     return Exit(passed, distance, nearest, seed, torch.tensor(state), success)
 
 
 def test_one_row_for_each_stage_that_was_reached():
-    near, hit = exits([episode([1.0, 0.5, 0.2], True), episode([1.0, 0.8, 0.9], False)], PLAN)
+    near, hit = exits([make_approach([1.0, 0.5, 0.2], True), make_approach([1.0, 0.8, 0.9], False)], PLAN)
     assert [(r.passed, r.success) for r in near] == [(True, True), (False, False)]
     assert [r.distance for r in near] == pytest.approx([0.5, 0.9])
     assert [r.nearest for r in near] == pytest.approx([0.5, 0.8])

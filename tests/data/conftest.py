@@ -31,9 +31,8 @@ def make_episode(
             "gripper_width": 1,
         }.items()
     }
-    noise["tcp_position"][2:] = (
-        noise["object_position"][2:] + 0.01
-    )  # at the cube from then on, and it is touched: Reach is over
+    # at the cube from then on, and it is touched: Reach is over
+    noise["tcp_position"][2:] = noise["object_position"][2:] + 0.01
     return Trajectory(
         task="StackCube-v1",
         instruction="stack the red cube",

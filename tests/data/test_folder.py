@@ -126,9 +126,8 @@ def test_what_cannot_be_read_is_named(saved, tmp_path):
     file = sorted(folder.iterdir())[1]
     column = pq.ParquetFile(file).metadata.row_group(0).column(0)
     data = bytearray(file.read_bytes())
-    data[column.data_page_offset + column.total_compressed_size - 1] ^= (
-        1  # of the values, not of a header, which has no checksum
-    )
+    # one of the values: a page's header has no checksum
+    data[column.data_page_offset + column.total_compressed_size - 1] ^= 1
     file.write_bytes(data)
     sequence = TrajectoryFolder(folder)
     assert sequence[0].seed == 0 and sequence[22].seed == 5

@@ -130,6 +130,15 @@ def make_trajectory(
     return replace(plain, **fields)
 
 
+def make_approach(distances: list[float], success: bool, seed: int = 1) -> Trajectory:
+    """One decision a step, through the given distances; of `PLAN` Near ends below 0.6, Hit with success."""
+    steps = len(distances) - 1
+    solved = torch.zeros(steps + 1, dtype=torch.bool)
+    solved[-1] = success
+    signals = {"distance": torch.tensor(distances)[:, None], "success": solved}
+    return make_trajectory([0.0] * (steps - 1) + [float(success)], list(range(steps)), success, signals, seed=seed)
+
+
 def logged(trainer: StagePPOTrainer, name: str) -> list[float]:
     """All values of one metric, in the order they were logged."""
     return [log[name] for log in trainer.state.log_history if name in log]

@@ -74,11 +74,11 @@ class Stage:
                 raise ValueError(f"`{field}` of stage {self.name!r} must be positive and finite, got {value}.")
 
 
-def _name(done: Callable) -> str:
+def _event_name(done: Callable) -> str:
     if not isinstance(done, partial):
         return getattr(done, "__name__", type(done).__name__)
     given = [*map(repr, done.args), *(f"{name}={value!r}" for name, value in done.keywords.items())]
-    return f"{_name(done.func)}({', '.join(given)})"
+    return f"{_event_name(done.func)}({', '.join(given)})"
 
 
 class _Declared(dict):
@@ -139,7 +139,7 @@ class StagePlan:
 
         Example: `{"Reach": "touched_near(radius=0.02)", ..., "Stack": "succeeded"}`.
         """
-        return {stage.name: _name(stage.done) for stage in self.stages}
+        return {stage.name: _event_name(stage.done) for stage in self.stages}
 
     @property
     def reads(self) -> tuple[str, ...]:

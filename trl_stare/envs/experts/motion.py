@@ -31,20 +31,24 @@ def quaternion_product(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def rotate(quaternion: Tensor, vector: tuple[float, float, float]) -> Tensor:
-    """The body's `vector` in the world frame, `[N, 3]`, from `[N, 4]` wxyz quaternions.
+def inverse(quaternion: Tensor) -> Tensor:
+    """Of unit quaternions, `[..., 4]` wxyz: the rotation back."""
+    return quaternion * quaternion.new_tensor([1.0, -1.0, -1.0, -1.0])
+
+
+def rotate(quaternion: Tensor, vector: Tensor | tuple[float, float, float]) -> Tensor:
+    """The body's `vector` in the world frame, `[..., 3]`, from `[..., 4]` wxyz quaternions.
 
     Example: a quarter turn about z, `[0.7071, 0, 0, 0.7071]`, takes `(1, 0, 0)` to `[0, 1, 0]`.
     """
-    v = quaternion.new_tensor(vector).expand(*quaternion.shape[:-1], 3)
+    v = torch.as_tensor(vector, dtype=quaternion.dtype, device=quaternion.device).expand(*quaternion.shape[:-1], 3)
     t = 2 * torch.cross(quaternion[..., 1:], v, dim=-1)
     return v + quaternion[..., :1] * t + torch.cross(quaternion[..., 1:], t, dim=-1)
 
 
 def rotation_between(start: Tensor, end: Tensor) -> Tensor:
     """World-frame rotation vector (axis times angle, radians, `[N, 3]`) from one `[N, 4]` wxyz quaternion to another."""
-    inverse = start * start.new_tensor([1.0, -1.0, -1.0, -1.0])
-    turn = quaternion_product(end, inverse)
+    turn = quaternion_product(end, inverse(start))
     turn = turn * torch.where(turn[..., :1] < 0, -1.0, 1.0)  # the shorter way round
     sine = turn[..., 1:].norm(dim=-1, keepdim=True)
     angle = 2 * torch.atan2(sine, turn[..., :1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -139,13 +140,11 @@ register_plan(
         task="LiftPegUpright-v1",
         stages=(
             # where a peg is held decides whether it can be stood up: the hand's way leads to an end, not to the nearest touch
-            Stage(
-                name="Reach",
+            replace(
+                REACH,
                 done=partial(is_at_grip, grip=GRIP, radius=GRIP_RADIUS, end=END),
                 distance=partial(grip_distance, grip=GRIP),
-                scale=LENGTH,
-                cost_scale=1.0,
-                reads=("tcp_position", "object_position", "object_quaternion", "is_contact", "is_grasped"),
+                reads=(*REACH.reads, "object_quaternion"),
             ),
             Stage(
                 name="Grasp",

@@ -15,7 +15,6 @@ from trl_stare.stages.measures import (
     place_distance,
     reach_distance,
     succeeded,
-    touched,
     touched_near,
     transport_distance,
 )
@@ -48,12 +47,12 @@ def is_held_near_goal(signals: Signals, *, radius: float) -> Tensor:
     return signals["is_grasped"] & (transport_distance(signals, clearance=0.0) <= radius)
 
 
-def _pick_stages(radius: float | None) -> tuple[Stage, Stage]:
+def _pick_stages(radius: float) -> tuple[Stage, Stage]:
     """Reach and Grasp: the same wherever the object then goes."""
     return (
         Stage(
             name="Reach",
-            done=touched if radius is None else partial(touched_near, radius=radius),
+            done=partial(touched_near, radius=radius),
             distance=reach_distance,
             scale=LENGTH,
             # the one cost the paper states, in plain metres
@@ -77,7 +76,7 @@ def pick_and_place_plan(
     last: str = "Place",
     clearance: float = TRANSPORT_CLEARANCE,
     over_height: float = LIFT_HEIGHT,
-    reach_radius: float | None = None,
+    reach_radius: float = math.inf,
 ) -> StagePlan:
     """Reach, Grasp, Transport and a last stage for a task in which an object is picked up and put down at a goal.
 
@@ -88,7 +87,7 @@ def pick_and_place_plan(
         clearance (`float`): metres above the goal that Transport heads for.
         over_height (`float`): metres above rest from which an object near the goal counts as over it. Must be less
             than it is lifted at the goal itself: else putting it down would be a step back.
-        reach_radius (`float`, *optional*): metres from the object's centre within which a touch ends Reach; any touch if not given.
+        reach_radius (`float`): metres from the object's centre within which a touch ends Reach; any touch if infinite.
     """
     return StagePlan(
         task=task,
@@ -112,9 +111,7 @@ def pick_and_place_plan(
     )
 
 
-def pick_and_hold_plan(
-    task: str, *, radius: float, last: str = "Place", reach_radius: float | None = None
-) -> StagePlan:
+def pick_and_hold_plan(task: str, *, radius: float, last: str = "Place", reach_radius: float = math.inf) -> StagePlan:
     """Reach, Grasp, Transport and a last stage for a task in which an object is picked up and held at a goal in space.
 
     Nothing is let go of: Transport ends with the object in the gripper near the goal, and the last stage's distance is
@@ -124,7 +121,7 @@ def pick_and_hold_plan(
         task (`str`): registered task name.
         radius (`float`): the task's own test, metres in space; Transport ends `TRANSPORT_MARGIN` outside it.
         last (`str`): name of the last stage.
-        reach_radius (`float`, *optional*): as in [`pick_and_place_plan`].
+        reach_radius (`float`): as in [`pick_and_place_plan`].
     """
     to_goal = partial(transport_distance, clearance=0.0)
     return StagePlan(
