@@ -45,7 +45,7 @@ BASE = "base"
 OPTIONS = (
     *("max_steps", "per_device_train_batch_size", "learning_rate", "step_micro_batch_size", "logging_steps"),
     *("centered", "beta", "cost_coef", "margin_sign", "loss_type", "label_smoothing", "weight_decay", "seed"),
-    "stage_weights",
+    *("stage_weights", "temperature"),
 )
 DEFAULTS = {"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 1.2e-5, "step_micro_batch_size": 64}
 
@@ -81,7 +81,6 @@ class Arguments:
     )
     eval_episodes: int = field(default=300, metadata={"help": "Held-out episodes, seeds 0 on."})
     first_seed: int = field(default=200_000, metadata={"help": "Seed of the first initial state."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of rollouts and evaluation."})
     num_envs: int = field(default=16, metadata={"help": "Environments, over all worker processes."})
 
     def __post_init__(self):
@@ -97,7 +96,7 @@ def main(args: Arguments, config: StageDPOConfig) -> None:
     out, plan = claim_folder(config.output_dir, given, free=()), get_plan(args.task)
     policy = TokenPolicy.from_pretrained(args.checkpoint)
     with closing(make_env(args.task, args.num_envs, chunk_size=policy.chunk_size)) as env:
-        rollouts = collect(args, config.seed, Path(args.rollouts or out / "rollouts"), env, policy, plan)
+        rollouts = collect(args, config, Path(args.rollouts or out / "rollouts"), env, policy, plan)
         play = partial(evaluated, args, config, out, env, plan)
         results = {"settings": given, "versions": package_versions(), "metadata": env.metadata, "arms": {}}
         results["rollouts"] = {"episodes": len(rollouts), "success_once": sum(r.success_once for r in rollouts)}
@@ -119,21 +118,23 @@ def main(args: Arguments, config: StageDPOConfig) -> None:
     logger.info("%s", summary(results))
 
 
-def collect(args: Arguments, seed: int, folder: Path, env: Any, policy: TokenPolicy, plan: Any) -> TrajectoryFolder:
+def collect(
+    args: Arguments, config: StageDPOConfig, folder: Path, env: Any, policy: TokenPolicy, plan: Any
+) -> TrajectoryFolder:
     """Rollouts of the checkpoint, checked, on disk and without their images in memory."""
     count = args.starts * args.episodes_per_seed
     with tqdm(total=count, desc="rollouts", unit="episode") as bar:
         collect_dataset(
             env,
-            lambda generator: policy_actor(policy, temperature=args.temperature, generator=generator),
+            lambda generator: policy_actor(policy, temperature=config.temperature, generator=generator),
             folder,
             plan,
             episodes=count,
             episodes_per_seed=args.episodes_per_seed,
             first_seed=args.first_seed,
-            seed=seed,
+            seed=config.seed,
             name=args.checkpoint,
-            settings={"temperature": args.temperature},
+            settings={"temperature": config.temperature},
             on_open=lambda done: bar.update(min(done, count)),
             on_episode=lambda _: bar.update(),
         )
@@ -193,7 +194,7 @@ def evaluated(
             env,
             plan,
             range(args.eval_episodes),
-            temperature=args.temperature,
+            temperature=config.temperature,
             seed=config.seed,
             train_seeds=starts,
         )

@@ -13,6 +13,7 @@ All data are checked before anything else is done. Episodes stay on disk; the ro
 `--use_peft --lora_target_modules q_proj v_proj`. The same command with the same `--output_dir` continues where it stopped.
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +24,18 @@ from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
 from trl_stare import StageDPOConfig, StageDPOTrainer, TokenPolicy
-from trl_stare.data import TrajectoryFolder, check_traces, load_pairs, pairs_dataset, validate_dataset
+from trl_stare.data import (
+    TrajectoryFolder,
+    check_traces,
+    load_pairs,
+    pairs_dataset,
+    stored_settings,
+    validate_dataset,
+)
 from trl_stare.data.hub import find_dataset
 from trl_stare.trainers import get_policy_peft_config
+
+logger = logging.getLogger("dpo")
 
 
 @dataclass
@@ -54,6 +64,7 @@ def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) ->
         trajectories, preferences = find_data(args)
         if first:
             validate_dataset(trajectories, preferences)
+            warn_of_other_temperatures(trajectories, config.temperature)
         checkpoint = args.model
         if not Path(checkpoint).is_dir():
             checkpoint = snapshot_download(args.model, revision=model_args.model_revision)
@@ -81,6 +92,18 @@ def find_data(args: DPOArguments) -> tuple[Path, Path]:
     return trajectories, preferences
 
 
+def warn_of_other_temperatures(trajectories: Path, temperature: float) -> None:
+    """Pairs say what a policy should do that is sampled as their episodes were."""
+    notes = [note.get("collection", {}) for note in stored_settings(trajectories)[1]]
+    others = sorted({note["temperature"] for note in notes if note.get("temperature", temperature) != temperature})
+    if others:
+        logger.warning(
+            "`temperature` should be that of the rollouts, %s, got %s. Give `--temperature`.",
+            " and ".join(map(str, others)),
+            temperature,
+        )
+
+
 def last_whole_checkpoint(folder: str) -> str | None:
     """The newest checkpoint that has its state, which is written last: a run killed while saving leaves one without."""
     whole = [file.parent for file in Path(folder).glob("checkpoint-*/trainer_state.json")]
@@ -88,4 +111,5 @@ def last_whole_checkpoint(folder: str) -> str | None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main(*TrlParser((DPOArguments, StageDPOConfig, ModelConfig)).parse_args_and_config())

@@ -198,10 +198,11 @@ class VLAPolicy(Protocol):
     def evaluate(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0) -> ActionEval:
         """Score `trace` again, differentiably."""
 
-    def score(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
+    def score(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0) -> Tensor:
         """`[N]`: what a preference loss compares, a function of weights and arguments alone.
 
-        The log-likelihood of the whole chunk at temperature 1, or minus the error of flow matching at fixed noises and times.
+        The log-likelihood of the whole chunk sampled at `temperature` > 0, or minus the error of flow matching at fixed noises
+        and times, which no temperature changes.
         """
 
     def imitation_loss(

@@ -276,7 +276,7 @@ def centered_scores(logps: Tensor, ref_logps: Tensor, trace: Tensor) -> Tensor:
 
     Args:
         logps (`Tensor`): `[S, L, V]` log-probabilities of the policy, differentiable. ref_logps (`Tensor`): `[S, L, V]`.
-        trace (`Tensor`): `[S, L]` int64, the tokens taken, sampled from the reference at temperature 1.
+        trace (`Tensor`): `[S, L]` int64, the tokens taken, sampled from the reference.
 
     Returns:
         `Tensor`: `[S]`.

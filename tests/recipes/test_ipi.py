@@ -116,6 +116,7 @@ def parse(recipe):
     [
         ({"--task": "StackCubes-v1"}, "Did you mean 'StackCube-v1'"),
         ({"--interaction.gamma": 2}, r"`gamma` must be in \[0, 1\], got 2"),
+        ({"--preference.temperature": 0.5}, "`preference` must not have a temperature of its own, got 0.5"),
         ({"--num_demonstrations": 0}, "`num_demonstrations` must be at least 1"),
         ({"--rollouts_per_start": 1}, "at least 2 to compare"),
         ({"--phases": "preference,imitation"}, "in this order"),
@@ -146,9 +147,13 @@ def test_a_checkpoint_of_another_action_size_is_refused(recipe, finished, monkey
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["ipi_stackcube_tiny.yaml", "ipi_stackcube_full.yaml"])
-def test_shipped_configurations_are_valid(recipe, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "temperature"), [("ipi_stackcube_tiny.yaml", 1.0), ("ipi_stackcube_full.yaml", 0.3)]
+)
+def test_shipped_configurations_are_valid(recipe, monkeypatch, name, temperature):
+    """Preference and interaction learn about the policy that is sampled, at the pipeline's temperature."""
     monkeypatch.setattr(sys, "argv", ["ipi.py", "--config", str(ROOT / "recipes" / "configs" / name)])
     args = parse(recipe)
-    for phase in ("imitation", "preference", "interaction"):
-        assert recipe.trainer_config(args, phase).seed == 0
+    configs = [recipe.trainer_config(args, phase) for phase in ("imitation", "preference", "interaction")]
+    assert [config.seed for config in configs] == [0, 0, 0]
+    assert [config.temperature for config in configs[1:]] == [temperature] * 2

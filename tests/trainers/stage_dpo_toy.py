@@ -148,7 +148,7 @@ def save_toy(folder) -> dict[str, str]:
         outcome(episode(1, 4)),
     ]
     make_policy().save_pretrained(folder / "checkpoint")
-    save_trajectories(rollouts, folder / "trajectories", plan, metadata={})
+    save_trajectories(rollouts, folder / "trajectories", plan, metadata={"collection": {"temperature": 1.0}})
     # of Reach 0 > 3, 1 > 2 and 1 > 3, of Grasp 0 > 1
     save_pairs(build_pairs(rollouts, plan).pairs[1:], folder / "pairs")
     return {

@@ -41,18 +41,20 @@ def test_before_training_nothing_is_told_apart(tmp_path):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_a_policy_spoilt_in_the_rejected_states_gains_nothing(tmp_path):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_policy_spoilt_in_the_rejected_states_gains_nothing(tmp_path, temperature):
     """Noise on the weights moves both sides away from the reference. On the reference's own actions the plain score falls
     by the KL, which is the shortcut; the centered one stays where it is, up to the sampling of 400 actions a state."""
     policy, g = make_policy(), torch.Generator().manual_seed(1)
-    trainer = make_trainer(policy, tmp_path, centered=True)
+    trainer = make_trainer(policy, tmp_path, centered=True, temperature=temperature)
     reference = copy.deepcopy(policy)
     perturb(policy, scale=0.1)
     inputs = {name: value[:1].expand(400, *value.shape[1:]) for name, value in batch_of(trainer)["inputs"].items()}
-    trace = reference.act(inputs, temperature=1.0, generator=g).trace
+    trace = reference.act(inputs, temperature=temperature, generator=g).trace
     with torch.no_grad():
-        plain = policy.score(inputs, trace) - reference.score(inputs, trace)
-        centered = trainer._score_steps(policy, inputs, trace, True) - reference.score(inputs, trace)
+        ref = reference.score(inputs, trace, temperature=temperature)
+        plain = policy.score(inputs, trace, temperature=temperature) - ref
+        centered = trainer._score_steps(policy, inputs, trace, True) - ref
     error = centered.std() / 20
     assert plain.mean() < -5 * error
     assert centered.mean().abs() < 3 * error

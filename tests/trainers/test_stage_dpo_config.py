@@ -12,6 +12,7 @@ from trl_stare.trainers.stage_dpo_metrics import pair_metrics
     [
         ({"objective": "tpo"}, "`objective` must be one of"),
         ({"beta": 0.0}, "`beta`"),
+        ({"temperature": 0.0}, "`temperature` must be positive"),
         ({"cost_coef": -0.1}, "`cost_coef`"),
         ({"margin_sign": 0}, "`margin_sign`"),
         ({"stage_weights": [1.0, -1.0]}, "`stage_weights`"),
@@ -33,6 +34,7 @@ def test_the_config_refuses(tmp_path, change, message):
 def test_defaults_are_those_of_method_md(tmp_path):
     args = StageDPOConfig(str(tmp_path), use_cpu=True)
     assert (args.objective, args.beta, args.cost_coef, args.margin_sign) == ("sta-tpo", 1.0, 0.1, 1)
+    assert args.temperature == 1.0
     assert (args.bf16, args.max_length, bool(args.gradient_checkpointing)) == (False, None, False)
 
 

@@ -36,6 +36,27 @@ def trl_loss(trainer, batch):
     return DPOTrainer._compute_loss(trainer, lambda **kwargs: output, inputs, False)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+def test_both_policies_are_scored_at_the_temperature_of_the_rollouts(tmp_path, temperature):
+    """From the logits themselves: `sum log softmax(logits / temperature)` of the tokens taken, chosen side less rejected."""
+    policy = make_policy()
+    trainer = make_trainer(policy, tmp_path, WHOLE_PAIRS[:1], objective="tpo-sum", beta=0.3, temperature=temperature)
+    batch = batch_of(trainer)
+    taken, side = batch["trace"].unsqueeze(-1), batch["side_ids"] == 0
+
+    def margin():
+        with torch.no_grad():
+            logits, _ = policy.action_logits(batch["inputs"], batch["trace"])
+        steps = (logits / temperature).log_softmax(-1).gather(-1, taken).sum((1, 2))
+        return steps[side].sum() - steps[~side].sum()
+
+    before = margin()
+    perturb(policy)
+    _, logits = loss_and_logits(trainer, batch)
+    torch.testing.assert_close(logits, 0.3 * (margin() - before)[None], rtol=1e-4, atol=1e-4)
+    assert logits.abs() > 0.01
+
+
 @pytest.mark.parametrize("loss_type", PREFERENCE_LOSSES)
 def test_tpo_sum_is_trls_own_loss(tmp_path, loss_type):
     """Five decisions against three. TRL's `ipo` divides by their number, as `tpo-mean` does for every loss."""

@@ -82,6 +82,14 @@ def test_it_trains_and_continues(recipe, folders, tmp_path):
     assert len(losses_of(tmp_path / "two")) == STEPS
 
 
+def test_another_temperature_than_the_rollouts_is_a_warning(recipe, folders, caplog):
+    for temperature in (1.0, 0.3):
+        recipe.warn_of_other_temperatures(Path(folders["trajectories"]), temperature)
+    assert caplog.messages == [
+        "`temperature` should be that of the rollouts, 1.0, got 0.3. Give `--temperature`.",
+    ]
+
+
 def test_lora_saves_an_adapter(recipe, folders, tmp_path):
     run(recipe, folders, tmp_path, use_peft=True, lora_r=2, lora_target_modules="q_proj v_proj", loss_type="ipo")
     weights = load_file(tmp_path / "adapter_model.safetensors")

@@ -102,13 +102,14 @@ def test_other_rows_are_scored(tmp_path, scored, change):
     assert scores(changed) == scores(make_trainer(policy, tmp_path / "fresh", change(rows)))
 
 
-def test_another_objective_or_precision_is_scored(tmp_path, scored):
+def test_another_objective_temperature_or_precision_is_scored(tmp_path, scored):
     policy = make_policy()
     by_mean = make_trainer(policy, tmp_path, WHOLE_PAIRS, objective="tpo-mean")
     by_sum = make_trainer(policy, tmp_path, WHOLE_PAIRS, objective="tpo-sum")
+    hot = make_trainer(policy, tmp_path, WHOLE_PAIRS, objective="tpo-sum", temperature=2.0)
     rounded = make_trainer(policy, tmp_path, WHOLE_PAIRS, objective="tpo-sum", bf16=True)
-    assert scored == ["train"] * 3
-    assert len({scores(trainer)["ref_chosen_logps"][0] for trainer in (by_mean, by_sum, rounded)}) == 3
+    assert scored == ["train"] * 4
+    assert len({scores(trainer)["ref_chosen_logps"][0] for trainer in (by_mean, by_sum, hot, rounded)}) == 4
 
 
 def test_a_reference_of_its_own_is_what_counts(tmp_path, scored):

@@ -145,8 +145,10 @@ class PolicyConformance:
         """
         inputs, sample = self.sample(policy, self.make_obs(_LONG, _LONG))
         score = policy.score(inputs, sample.trace)
-        if self.acts_in_tokens:
-            torch.testing.assert_close(score, policy.evaluate(inputs, sample.trace).logps.sum(-1), atol=1e-4, rtol=0)
+        for temperature in (1.0, 0.6):
+            scored = policy.score(inputs, sample.trace, temperature=temperature)
+            logps = policy.evaluate(inputs, sample.trace, temperature=temperature).logps
+            torch.testing.assert_close(scored, logps.sum(-1) if self.acts_in_tokens else score, atol=1e-4, rtol=0)
         assert torch.equal(score, policy.score(inputs, sample.trace)) and (score < 0).all()
         swapped = {name: value.flip(0) for name, value in inputs.items()}
         margin = -policy.score(swapped, sample.trace.flip(0)).diff()

@@ -75,13 +75,13 @@ class TokenPolicy(PretrainedPolicy):
         chosen = logps.gather(-1, trace.to(logps.device)[..., None]).squeeze(-1)
         return ActionEval(chosen, -(logps.exp() * logps).sum(-1), features)
 
-    def action_logps(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
-        """`[N, L, num_bins]` log-probabilities of every bin at temperature 1, given the bins of `trace` before it."""
-        return F.log_softmax(self.action_logits(inputs, trace)[0].float(), dim=-1)
+    def action_logps(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """`[N, L, num_bins]` log-probabilities of every bin, given the bins of `trace` before it."""
+        return F.log_softmax(self.action_logits(inputs, trace)[0].float() / temperature, dim=-1)
 
-    def score(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
+    def score(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0) -> Tensor:
         """`[N]` log-likelihood of the chunk over the action vocabulary."""
-        return self.evaluate(inputs, trace).logps.sum(-1)
+        return self.evaluate(inputs, trace, temperature=temperature).logps.sum(-1)
 
     def imitation_loss(
         self, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor, weight: Tensor | None = None

@@ -39,6 +39,9 @@ class StageDPOConfig(DPOConfig):
             gives a decision the same weight in a short segment and in a long one. `"tpo-mean"`, `"tpo-sum"`: whole trajectories.
         beta (`float`, *optional*, defaults to `1.0`):
             Inverse temperature. With the mean over decisions 1.0 is about GRAPE's 0.1 on a sum of 8 (method.md 3).
+        temperature (`float`, *optional*, defaults to `1.0`):
+            At which the rollouts were sampled, and the policy is going to be: log-likelihoods of policy and reference are
+            taken at it, as [`StagePPOConfig`] does. Pairs of actions that were sampled at 0.3 say what a policy at 0.3 should do.
         cost_coef (`float`, *optional*, defaults to `0.1`):
             `lambda`, weight of the stage cost in a side's score.
         margin_sign (`int`, *optional*, defaults to `1`):
@@ -89,6 +92,7 @@ class StageDPOConfig(DPOConfig):
             "choices": list(OBJECTIVES),
         },
     )
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the rollouts, > 0."})
     cost_coef: float = field(
         default=0.1, metadata={"help": "lambda, weight of the stage cost in a side's score, >= 0."}
     )
@@ -126,6 +130,7 @@ class StageDPOConfig(DPOConfig):
         for name, is_valid, rule in (
             ("objective", self.objective in OBJECTIVES, f"one of {OBJECTIVES}"),
             ("beta", 0.0 < self.beta < math.inf, "positive and finite"),
+            ("temperature", 0.0 < self.temperature < math.inf, "positive and finite, as the rollouts were sampled"),
             ("cost_coef", 0.0 <= self.cost_coef < math.inf, ">= 0 and finite; its sign is `margin_sign`"),
             ("margin_sign", self.margin_sign in (1, -1), "1 (as the paper states it) or -1 (ODPO)"),
             (

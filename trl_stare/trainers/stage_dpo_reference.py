@@ -44,19 +44,21 @@ def reference_key(
     collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
     *,
     objective: str,
+    temperature: float,
     precision: str,
     adapter: str,
 ) -> str:
     """Name of the scores that `model` gives to the rows of `dataset`: another content, another name.
 
     It covers the weights, the configurations of the model and its adapters, the files of the processor, the rows, what
-    the collator makes of the first row (a policy may keep settings of its own), the objective, the precision and the
-    versions of the libraries that compute. The micro-batch size and the number of processes do not change scores and are left out.
+    the collator makes of the first row (a policy may keep settings of its own), the objective, the temperature, the precision
+    and the versions of the libraries that compute. The micro-batch size and the number of processes do not change scores and are left out.
 
     Args:
         model (`nn.Module`): the reference. Under ZeRO-3 every process must call: each holds a part of the weights.
         processor (`ProcessorMixin`): saved beside the model. collator (`Callable`): rows -> batch with `inputs`.
-        objective (`str`): how a side's decisions are added up. precision (`str`): accelerate's `mixed_precision`.
+        objective (`str`): how a side's decisions are added up. temperature (`float`): of the log-likelihoods.
+        precision (`str`): accelerate's `mixed_precision`.
         adapter (`str`): which of PEFT's adapters is on while the reference is scored.
 
     Returns:
@@ -71,6 +73,7 @@ def reference_key(
         _rows_digest(dataset),
         _tensors_digest(collator([dataset[0]])["inputs"]),
         objective,
+        str(temperature),
         precision,
         *(f"{package} {version(package)}" for package in ("trl-stare", "transformers", "torch")),
     ]

@@ -171,7 +171,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
             ({name: value[i : i + size] for name, value in inputs.items()}, trace[i : i + size])
             for i in starts + [0] * idle
         ]
-        score: Callable[..., Tensor] = policy.score
+        score: Callable[..., Tensor] = partial(policy.score, temperature=self.args.temperature)
         if centered:
             # outside of the checkpoint, whose forward is run twice
             parts = [(*part, self._reference_distribution(*part)) for part in parts]
@@ -189,15 +189,16 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
 
     def _centered_score(self, inputs: dict[str, Tensor], trace: Tensor, ref_logps: Tensor) -> Tensor:
         """`[S]`, see [`centered_scores`]."""
-        return centered_scores(self.policy.action_logps(inputs, trace), ref_logps, trace.to(ref_logps.device))
+        logps = self.policy.action_logps(inputs, trace, temperature=self.args.temperature)
+        return centered_scores(logps, ref_logps, trace.to(ref_logps.device))
 
     @torch.no_grad()
     def _reference_distribution(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
         """`[S, L, V]` log-probabilities of all action tokens under the reference."""
         if not self._adapter_makes_reference():
-            return self._kept_reference.action_logps(inputs, trace)
+            return self._kept_reference.action_logps(inputs, trace, temperature=self.args.temperature)
         with use_adapter(self.accelerator.unwrap_model(self.model), self._reference_adapter()):
-            return self.policy.action_logps(inputs, trace)
+            return self.policy.action_logps(inputs, trace, temperature=self.args.temperature)
 
     def _keep_reference(self) -> None:
         """Keep what [`_reference_distribution`] asks: a frozen policy, where no adapter can be switched off.
@@ -265,6 +266,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
             dataset,
             self.data_collator,
             objective=self.args.objective,
+            temperature=self.args.temperature,
             precision=self.accelerator.mixed_precision,
             adapter=str(self._reference_adapter()) if self._adapter_makes_reference() else "as it is",
         )

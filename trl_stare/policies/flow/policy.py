@@ -161,12 +161,12 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
         entropies = gaussian_entropy(std).expand_as(mean)
         return ActionEval(gaussian_logps(chain.after, mean, std).flatten(1), entropies.flatten(1), prefix.features)
 
-    def score(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
+    def score(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0) -> Tensor:
         """`[N]`: `-1/2 * |v(x_t, t) - (noise - action)|^2` over the chunk, the mean over the settings' times and noises; differentiable.
 
         Differences of it are the logit of Flow-DPO (arXiv 2501.13918) with a constant beta. Times and noises are the same for policy
         and reference, chosen and rejected, and for every decision: equal weights have equal scores, and the margin no noise of
-        its own. Times are the midpoints of equal intervals.
+        its own. Times are the midpoints of equal intervals. `temperature` changes nothing: the errors know no sampling.
         """
         inputs, actions = self._place(inputs), self._latent(trace)
         prefix = self._read(inputs)
