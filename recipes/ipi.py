@@ -382,7 +382,9 @@ def trainer_config(args: IPIArguments, phase: str) -> Any:
     own = {name: as_number(value) for name, value in getattr(args, phase).items()}
     given = {"report_to": "none", "seed": args.seed, "use_cpu": not torch.cuda.is_available(), **own}
     if "temperature" in own:
-        raise ValueError(f"`{phase}` must not have a temperature of its own, got {own['temperature']}. Use `temperature`.")
+        raise ValueError(
+            f"`{phase}` must not have a temperature of its own, got {own['temperature']}. Use `temperature`."
+        )
     given |= {} if phase == "imitation" else {"temperature": args.temperature}
     return cls(output_dir=str(Path(args.output_dir) / phase / "training"), **given)
 

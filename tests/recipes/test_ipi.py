@@ -147,9 +147,7 @@ def test_a_checkpoint_of_another_action_size_is_refused(recipe, finished, monkey
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "temperature"), [("ipi_stackcube_tiny.yaml", 1.0), ("ipi_stackcube_full.yaml", 0.3)]
-)
+@pytest.mark.parametrize(("name", "temperature"), [("ipi_stackcube_tiny.yaml", 1.0), ("ipi_stackcube_full.yaml", 0.3)])
 def test_shipped_configurations_are_valid(recipe, monkeypatch, name, temperature):
     """Preference and interaction learn about the policy that is sampled, at the pipeline's temperature."""
     monkeypatch.setattr(sys, "argv", ["ipi.py", "--config", str(ROOT / "recipes" / "configs" / name)])

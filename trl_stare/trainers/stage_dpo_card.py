@@ -19,8 +19,8 @@ METHODS = {
     "tpo-sum": "TPO, which compares them whole, by the sum over decisions",
 }
 SETTINGS = (
-    *("objective", "loss_type", "beta", "temperature", "cost_coef", "margin_sign", "learning_rate", "lr_scheduler_type"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed"),
+    *("objective", "loss_type", "beta", "cost_coef", "margin_sign", "learning_rate", "lr_scheduler_type"),
+    *("temperature", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed"),
 )
 USE = "from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained({name!r})"
 USE_ADAPTER = """from peft import PeftModel
