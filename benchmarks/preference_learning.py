@@ -65,6 +65,7 @@ class Arguments:
         default="cost", metadata={"help": f"How two are compared that both passed a stage: {BOTH_PASSED}."}
     )
     min_cost_gap: float = field(default=0.02, metadata={"help": "Smallest difference of costs that counts."})
+    fill: bool = field(default=False, metadata={"help": "As many pairs of every stage, by comparing across starts."})
     arms: list[str] = field(
         default_factory=lambda: [BASE, "sta-tpo", "tpo-mean"],
         metadata={"help": f"What is evaluated, of {BASE}, {OBJECTIVES}."},
@@ -149,7 +150,9 @@ def find_pairs(args: Arguments, config: StageDPOConfig, rollouts: TrajectoryFold
     slim = TrajectoryFolder(rollouts.folder, images=False)
     made = {}
     for objective in (name for name in OBJECTIVES if name in args.arms):
-        options = {name: getattr(args, name) for name in ("both_passed", "min_cost_gap", "max_pairs_per_start")}
+        options = {
+            name: getattr(args, name) for name in ("both_passed", "min_cost_gap", "max_pairs_per_start", "fill")
+        }
         found = build_pairs(slim, plan, objective=objective, seed=config.seed, **options)
         made[objective] = found._replace(pairs=tuple(pair for pair in found.pairs if pair.reason in args.reasons))
     if not all(found.pairs for found in made.values()):

@@ -96,6 +96,7 @@ class IPIArguments:
         default="cost", metadata={"help": "Of two that passed a stage: by 'cost', or by 'later' ones."}
     )
     min_cost_gap: float = field(default=0.02, metadata={"help": "Smallest cost difference that makes a pair."})
+    fill: bool = field(default=False, metadata={"help": "As many pairs of every stage, by comparing across starts."})
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature of all phases, also in evaluation."}
     )
@@ -193,7 +194,7 @@ def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any
     signals = TrajectoryFolder(data / "rollouts", images=False)
     pairs = build_pairs(
         signals, plan, objective=config.objective, both_passed=args.both_passed, min_cost_gap=args.min_cost_gap,
-        max_pairs_per_start=args.max_pairs_per_start, seed=args.seed,
+        max_pairs_per_start=args.max_pairs_per_start, fill=args.fill, seed=args.seed,
     )  # fmt: skip
     logger.info("pairs per stage:\n%s", format_yield(pairs.yield_table))
     rows = data / "_pairs" / "pairs.arrow"

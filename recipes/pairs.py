@@ -45,6 +45,7 @@ class PairsArguments:
         default=None, metadata={"help": "Most pairs of one stage from one initial state; default all."}
     )
     balance: bool = field(default=False, metadata={"help": "Keep equally many pairs of every stage."})
+    fill: bool = field(default=False, metadata={"help": "As many pairs of every stage, by comparing across starts."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice where not all pairs are kept."})
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a repository."})
     task_module: str | None = field(
@@ -66,6 +67,7 @@ def main(args: PairsArguments) -> None:
         min_cost_gap=args.min_cost_gap,
         max_pairs_per_start=args.max_pairs_per_start,
         balance=args.balance,
+        fill=args.fill,
         seed=args.seed,
     )
     logger.info("%s", format_yield(pairs.yield_table))

@@ -1,5 +1,7 @@
 """Which pairs are made of which episodes: tables of literal expectations on a plan of two stages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -248,6 +250,60 @@ def test_whole_trajectories_pair_success_with_failure(objective):
     assert result.yield_table == {"trajectory": counts(made=4, both_failed=1, gap_too_small=1)}
 
 
+def elsewhere(trajectory, seed, **fields):
+    return replace(trajectory, seed=seed, **fields)
+
+
+def test_a_stage_with_few_pairs_is_filled_from_other_starts():
+    """Two starts, each with one that reaches Finish and one that does not: only across them can Finish be compared."""
+    trajectories = [FAST, LOST, elsewhere(STUCK, 2), elsewhere(LOST, 2)]
+    plain, filled = build_pairs(trajectories, PLAN), build_pairs(trajectories, PLAN, fill=True)
+    assert table(plain.pairs) == [
+        ("Reach", 0, 1, (0, 2), (0, 4), "passed"),
+        ("Reach", 2, 3, (0, 2), (0, 4), "passed"),
+    ]
+    assert table(filled.pairs) == [*table(plain.pairs), ("Finish", 0, 2, (2, 4), (2, 4), "across")]
+    assert [pair.seed for pair in filled.pairs] == [1, 2, 1], "the chosen side's"
+    assert (filled.pairs[2].chosen_cost, filled.pairs[2].rejected_cost) == (0.25, 1.0)
+    assert filled.yield_table == {"Reach": counts(made=2), "Finish": counts(not_reached=2, filled=1)}
+
+
+def test_filling_stops_at_the_stage_with_most_and_takes_no_couple_twice():
+    trajectories = [elsewhere(t, seed) for seed in range(20) for t in (FAST, STUCK, LOST, LOST)]
+    result = build_pairs(trajectories, PLAN, min_cost_gap=float("inf"), fill=True, seed=3)
+    # of each start two that reach and two that do not; FAST finishes and STUCK does not
+    assert result.yield_table["Reach"] == counts(made=80, both_failed=20, gap_too_small=20)
+    assert result.yield_table["Finish"] == counts(made=20, not_reached=100, filled=60)
+    across = [pair for pair in result.pairs if pair.reason == "across"]
+    assert len({(pair.chosen, pair.rejected) for pair in across}) == len(across) == 60
+    for pair in across:
+        assert pair.chosen % 4 == 0 and pair.rejected % 4 == 1 and pair.chosen // 4 != pair.rejected // 4
+        assert pair.seed == trajectories[pair.chosen].seed
+    assert len({pair.chosen for pair in across}) > 15, "spread over the episodes"
+    given = {"min_cost_gap": float("inf"), "fill": True}
+    assert result.pairs == build_pairs(trajectories, PLAN, **given, seed=3).pairs
+    assert any(build_pairs(trajectories, PLAN, **given, seed=s).pairs != result.pairs for s in range(3))
+
+
+def test_filling_goes_as_far_as_there_are_couples_of_one_instruction():
+    other = elsewhere(STUCK, 3, instruction="stop")
+    trajectories = [FAST, LOST, LOST, LOST, elsewhere(STUCK, 2), other]
+    finish = build_pairs(trajectories, PLAN, fill=True).yield_table["Finish"]
+    assert (finish["made"], finish["filled"]) == (0, 1)
+
+
+@pytest.mark.parametrize("objective", ["tpo-mean", "tpo-sum"])
+def test_whole_trajectories_have_nothing_to_fill(objective):
+    trajectories = [FAST, LOST, elsewhere(FAST, 2), elsewhere(LOST, 2)]
+    plain, filled = (build_pairs(trajectories, PLAN, objective=objective, fill=fill) for fill in (False, True))
+    assert plain == filled and len(plain.pairs) == 2
+
+
+def test_to_drop_pairs_and_to_add_them_is_refused():
+    with pytest.raises(ValueError, match="`balance` and `fill` must not both be given"):
+        build_pairs([FAST, SLOW], PLAN, balance=True, fill=True)
+
+
 def test_every_comparison_is_accounted_for():
     trajectories = [FAST, SLOW, STUCK, LOST, STUCK]
     for row in build_pairs(trajectories, PLAN, max_pairs_per_start=2, balance=True).yield_table.values():
@@ -257,7 +313,7 @@ def test_every_comparison_is_accounted_for():
 def test_the_table_reads_as_text():
     lines = format_yield({"Reach": counts(made=12, both_failed=3)}).splitlines()
     assert lines[0].split() == ["stage", *OUTCOMES]
-    assert lines[1].split() == ["Reach", "12", "0", "3", "0", "0", "0", "0"]
+    assert lines[1].split() == ["Reach", "12", "0", "3", "0", "0", "0", "0", "0"]
     assert len(lines[0]) == len(lines[1])
 
 

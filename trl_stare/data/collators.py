@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from torch import Tensor
 
-from trl_stare.data.pairs import StagePair
+from trl_stare.data.pairs import ACROSS, StagePair
 from trl_stare.data.parquet import to_table
 from trl_stare.data.schema import encode_png
 from trl_stare.data.trajectory import Trajectory
@@ -151,7 +151,13 @@ def _find(trajectories: Sequence[Trajectory], pair: StagePair, index: int, posit
             f"Load the ones they were built from."
         )
     trajectory = trajectories[index]
-    found, wanted = ((thing.task, thing.seed, thing.instruction) for thing in (trajectory, pair))
+    # the seed of a pair across starts is the chosen side's
+    names = (
+        ("task", "instruction")
+        if pair.reason == ACROSS and index == pair.rejected
+        else ("task", "instruction", "seed")
+    )
+    found, wanted = (tuple(getattr(thing, name) for name in names) for thing in (trajectory, pair))
     if found != wanted:
         raise ValueError(
             f"`trajectories[{index}]` must be of {wanted} for pair {position}, got {found}. Load the right ones."

@@ -1,4 +1,4 @@
-"""Preference pairs by stage: which of two episodes from the same start did better, in which stage (method.md 3)."""
+"""Preference pairs by stage: which of two episodes did better, in which stage; usually from the same start (method.md 3)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,26 +27,29 @@ OBJECTIVES = (*STAGE_OBJECTIVES, *WHOLE_OBJECTIVES)
 BOTH_PASSED = ("cost", "later")
 """How two are compared that both passed a stage; see [`build_pairs`]."""
 
-REASONS = ("passed", "later", "cost")
+ACROSS = "across"
+"""Reason of a pair whose episodes are from different starts; see [`build_pairs`]'s `fill`."""
+REASONS = ("passed", "later", "cost", ACROSS)
 """Why one side of a pair is preferred; see [`StagePair`]."""
 
-OUTCOMES = ("made", "not_reached", "both_failed", "gap_too_small", "no_decision", "capped", "balanced")
+OUTCOMES = ("made", "not_reached", "both_failed", "gap_too_small", "no_decision", "capped", "balanced", "filled")
 """What became of two episodes of one start in one stage: columns of the yield table. `capped` and `balanced` are pairs
-that the options of these names left out."""
+that the options of these names left out; `filled` are pairs of different starts, beside those that were `made`."""
 
 
 @dataclass(frozen=True)
 class StagePair:
-    """Two segments of one stage, from the same initial state. Slices are half-open, in environment steps.
+    """Two segments of one stage, from the same initial state unless `reason` is [`ACROSS`]. Slices are half-open, in environment steps.
 
     Args:
-        task (`str`), instruction (`str`), seed (`int`): of both episodes.
+        task (`str`), instruction (`str`), seed (`int`): of both episodes; across starts, the seed of the chosen one.
         stage (`int`): index of the stage. stage_name (`str`): its name; [`WHOLE_TRAJECTORY`] for whole trajectories.
         chosen (`int`), rejected (`int`): the trajectories, by position in the list the pairs were built from.
         chosen_start (`int`), chosen_stop (`int`), rejected_start (`int`), rejected_stop (`int`): the segments.
         chosen_cost (`float`), rejected_cost (`float`): their costs.
         reason (`str`): `"passed"`, only the chosen side passed the stage; `"later"`, both did, and the chosen side's episode then
-            passed more stages; `"cost"`, both did, the chosen at less cost.
+            passed more stages; `"cost"`, both did, the chosen at less cost; `"across"`, only the chosen side passed the stage, and
+            the rejected side began elsewhere.
     """
 
     task: str
@@ -69,7 +72,7 @@ class PairSet(NamedTuple):
     """Pairs, and why there are not more.
 
     Attributes:
-        pairs (`tuple[StagePair, ...]`): in order of start, stage, trajectory.
+        pairs (`tuple[StagePair, ...]`): in order of start, stage, trajectory; behind them those across starts, stage by stage.
         yield_table (`dict[str, dict[str, int]]`): stage name -> outcome ([`OUTCOMES`]) -> how many pairs of episodes.
     """
 
@@ -86,6 +89,7 @@ def build_pairs(
     min_cost_gap: float = 0.02,
     max_pairs_per_start: int | None = None,
     balance: bool = False,
+    fill: bool = False,
     seed: int = 0,
 ) -> PairSet:
     """Compare every two episodes with the same task, seed and instruction.
@@ -98,6 +102,11 @@ def build_pairs(
     `both_passed="later"` the one whose episode passed more of the later stages is preferred of two that passed, and costs
     decide where these are equal. Ours; the paper does not say.
 
+    Few episodes of one start reach a late stage, so that most pairs are of the first stages, and most episodes that passed
+    a late one are in no pair of it. With `fill` every stage gets as many pairs as the one that has most, by comparing
+    episodes that passed it with such as did not from other starts. Their states differ more than those of one start:
+    train on them with `centered` scores, to which states contribute nothing. Ours; the paper does not say.
+
     Args:
         trajectories (`Sequence[Trajectory]`): episodes of the plan's task, several per seed.
         plan ([`StagePlan`]): the stages.
@@ -107,15 +116,21 @@ def build_pairs(
         min_cost_gap (`float`): smallest difference of costs that counts, >= 0.
         max_pairs_per_start (`int`, *optional*): most pairs of one stage from one seed; a random choice is kept.
         balance (`bool`): keep as many pairs of every stage that has any as the one with the fewest, at random, after the cap.
+        fill (`bool`): add pairs of different starts to every stage that has fewer than the one with most, at random, after the
+            cap; fewer where there are not so many. Whole trajectories have one stage, with nothing to fill.
         seed (`int`): of these choices.
 
     Raises:
-        ValueError: if an episode is of another task, or an argument out of range.
+        ValueError: if an episode is of another task, an argument is out of range, or both `balance` and `fill` are given.
 
     Example: of one seed, A passed Reach and Grasp, B passed Reach at a higher cost and failed to grasp, C failed to
     reach: Reach gets A > B (cost), A > C, B > C (passed), Grasp gets A > B; C takes no part in Grasp.
     """
     _check_arguments(trajectories, plan, objective, both_passed, min_cost_gap, max_pairs_per_start)
+    if balance and fill:
+        raise ValueError(
+            "`balance` and `fill` must not both be given: one drops pairs, the other adds them. Choose one."
+        )
     whole = objective in WHOLE_OBJECTIVES
     names = (WHOLE_TRAJECTORY,) if whole else plan.names
     cuts = [_whole(trajectory) if whole else segment(plan, trajectory.signals) for trajectory in trajectories]
@@ -136,6 +151,12 @@ def build_pairs(
             pairs.extend(kept)
     if balance:
         pairs = _balance(pairs, table, chooser)
+    if fill:
+        most = max(counts["made"] for counts in table.values())
+        for stage, name in enumerate(names):
+            added = _across(trajectories, cuts, stage, name, most - table[name]["made"], chooser)
+            table[name]["filled"] = len(added)
+            pairs.extend(added)
     return PairSet(tuple(pairs), {name: {outcome: table[name][outcome] for outcome in OUTCOMES} for name in names})
 
 
@@ -201,6 +222,36 @@ def _balance(pairs: Sequence[StagePair], table: Mapping[str, Counter[str]], choo
     return [pairs[index] for index in kept]
 
 
+def _across(
+    trajectories: Sequence[Trajectory],
+    cuts: Sequence[tuple[Segment, ...]],
+    stage: int,
+    name: str,
+    count: int,
+    chooser: random.Random,
+) -> list[StagePair]:
+    """At most `count` pairs of an episode that passed the stage and one from another start that did not, none of them twice."""
+    acted = [i for i, parts in enumerate(cuts) if len(parts) > stage and parts[stage].start < parts[stage].stop]
+    passed = [i for i in acted if cuts[i][stage].passed]
+    failed = [i for i in acted if not cuts[i][stage].passed]
+    couples = (divmod(n, len(failed)) for n in _shuffled(len(passed) * len(failed), chooser))
+    found = (
+        _pair(trajectories[i], stage, name, {i: cuts[i][stage], j: cuts[j][stage]}, ACROSS)
+        for i, j in ((passed[a], failed[b]) for a, b in couples)
+        if trajectories[i].seed != trajectories[j].seed and trajectories[i].instruction == trajectories[j].instruction
+    )
+    return sorted(islice(found, count), key=lambda pair: (pair.chosen, pair.rejected))
+
+
+def _shuffled(n: int, chooser: random.Random) -> Iterator[int]:
+    """The numbers below `n` in random order, one after the other: of many, only the first few may be wanted."""
+    moved: dict[int, int] = {}
+    for last in range(n - 1, -1, -1):
+        drawn = chooser.randint(0, last)
+        yield moved.get(drawn, drawn)
+        moved[drawn] = moved.pop(last, last)
+
+
 def _compare(
     trajectories: Sequence[Trajectory],
     cuts: Sequence[tuple[Segment, ...]],
@@ -227,7 +278,12 @@ def _compare(
     gap = worse.cost - better.cost
     if reason == "cost" and (gap < min_cost_gap or gap == 0.0):
         return "gap_too_small"
-    trajectory = trajectories[chosen]
+    return _pair(trajectories[chosen], stage, name, {chosen: better, rejected: worse}, reason)
+
+
+def _pair(trajectory: Trajectory, stage: int, name: str, sides: dict[int, Segment], reason: str) -> StagePair:
+    """`sides`: chosen and rejected index -> segment, in this order; `trajectory` is the chosen one."""
+    (chosen, better), (rejected, worse) = sides.items()
     return StagePair(
         task=trajectory.task,
         instruction=trajectory.instruction,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trl_stare.data.pairs import WHOLE_TRAJECTORY, StagePair, num_passed
+from trl_stare.data.pairs import ACROSS, WHOLE_TRAJECTORY, StagePair, num_passed
 from trl_stare.data.schema import SIGNAL_PREFIX
 from trl_stare.stages import Segment
 
@@ -211,7 +211,10 @@ def _recorded(pair: StagePair, episode: Episode) -> Segment | None:
 
 
 def _start_problems(pair: StagePair, side: str, episode: Episode) -> Iterator[str]:
-    for name in ("task", "instruction", "seed"):
+    elsewhere = pair.reason == ACROSS and side == "rejected"
+    if elsewhere and pair.seed == episode.seed:
+        yield f"`reason` must be 'passed' where both began at seed {pair.seed}, got {pair.reason!r}"
+    for name in ("task", "instruction") if elsewhere else ("task", "instruction", "seed"):
         found, wanted = getattr(pair, name), getattr(episode, name)
         if found != wanted:
             yield f"`{name}` must be that of the {side} trajectory, {wanted!r}, got {found!r}"
@@ -241,7 +244,7 @@ def _reason_problems(
 ) -> Iterator[str]:
     if not chosen.passed:
         yield "the chosen side must have passed the stage"
-    wanted = ("cost", "later") if rejected.passed else ("passed",)
+    wanted = ("cost", "later") if rejected.passed else ("passed", ACROSS)
     if pair.reason not in wanted:
         yield f"`reason` must be {' or '.join(map(repr, wanted))}, got {pair.reason!r}"
     elif pair.reason == "later" and not chosen_passed > rejected_passed:
