@@ -57,6 +57,22 @@ def test_a_row_holds_the_decisions_of_its_slices():
     assert not {"image", "images"} & set(rows.column_names)
 
 
+def test_a_pair_across_starts_has_the_decisions_of_both():
+    """Its seed is the chosen side's; nothing else of the rejected side may be another's."""
+    episodes = [EPISODES[0], replace(EPISODES[2], instruction="do 7")]
+    pair = replace(PAIRS[0], rejected=1, rejected_start=0, rejected_stop=2, reason="across")
+    rows = pairs_dataset(episodes, [pair])
+    assert rows["seed"] == [7] and rows["chosen_trace"] == [[[1] * 3, [2] * 3, [3] * 3]]
+    assert rows["rejected_trace"] == [[[20] * 3]]
+    for wrong, trajectories in (
+        (replace(pair, reason="passed"), episodes),
+        (pair, [EPISODES[0], EPISODES[2]]),
+        (replace(pair, seed=8), episodes),
+    ):
+        with pytest.raises(ValueError, match="must be of .* for pair 0"):
+            pairs_dataset(trajectories, [wrong])
+
+
 def test_the_batch_is_flat_chosen_first():
     batch = PreferenceCollator(prepare)(list(pairs_dataset(EPISODES, PAIRS)))
     order = [1, 2, 3, 30, 12, 20, 21]

@@ -150,7 +150,7 @@ WRONG_PAIRS = [
     ({"chosen_stop": 7}, "`chosen_start` and `chosen_stop` must be the trajectory's segment [2, 8), got [2, 7)"),
     ({"chosen_cost": math.nan}, "`chosen_cost` must be the segment's"),
     ({"rejected_cost": math.inf}, "`rejected_cost` must be the segment's"),
-    ({"reason": "cost"}, "`reason` must be 'passed', got 'cost'"),
+    ({"reason": "cost"}, "`reason` must be 'passed' or 'across', got 'cost'"),
     ({"stage": 0}, "`stage_name` and `stage` must be one of {'trajectory': 0, 'Reach': 0, 'Grasp': 1"),
     ({"stage": 2, "stage_name": "Transport"}, "stage 2 must have been reached by the rejected trajectory"),
     ({"stage": None}, "columns ['stage'] must not be null"),
@@ -200,6 +200,26 @@ def test_a_pair_that_looks_ahead(tmp_path, valid):
     save_pairs([replace(pair, **turned)], tmp_path / "wrong")
     with pytest.raises(InvalidDatasetError, match="must have passed more stages than the rejected one, got 1 and 4"):
         validate_dataset(trajectories, tmp_path / "wrong")
+
+
+def test_a_pair_across_starts(tmp_path, valid):
+    """Valid as it is made; another reason, or one start, is an error."""
+    folder = valid["trajectories"][0]
+    episodes = load_trajectories(folder)
+    moved = [replace(episode, seed=episode.seed + index) for index, episode in enumerate(episodes)]
+    save_trajectories(moved, tmp_path / "moved", PLAN, metadata={})
+    pairs = build_pairs(moved, PLAN).pairs
+    assert pairs == (), "no two of one start"
+    near = next(pair for pair in build_pairs(episodes, PLAN).pairs if pair.reason == "passed")
+    across = replace(near, reason="across", seed=moved[near.chosen].seed)
+    save_pairs([across], tmp_path / "right")
+    validate_dataset(tmp_path / "moved", tmp_path / "right")
+    save_pairs([replace(across, reason="passed")], tmp_path / "named")
+    with pytest.raises(InvalidDatasetError, match="`seed` must be that of the rejected trajectory"):
+        validate_dataset(tmp_path / "moved", tmp_path / "named")
+    save_pairs([replace(near, reason="across")], tmp_path / "same")
+    with pytest.raises(InvalidDatasetError, match="`reason` must be 'passed' where both began at seed"):
+        validate_dataset(folder, tmp_path / "same")
 
 
 def test_all_problems_of_all_rows_and_files_are_in_one_error(tmp_path, valid):
