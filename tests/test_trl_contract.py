@@ -168,5 +168,6 @@ def test_every_new_option_has_help():
         "step_micro_batch_size",
         "ref_cache_dir",
         "centered",
+        "temperature",
     }
     assert all(field.metadata.get("help") for field in new)
