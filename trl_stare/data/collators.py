@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from torch import Tensor
 
-from trl_stare.data.pairs import ACROSS, StagePair
+from trl_stare.data.pairs import StagePair
 from trl_stare.data.parquet import to_table
 from trl_stare.data.schema import encode_png
 from trl_stare.data.trajectory import Trajectory
@@ -128,7 +128,7 @@ def _rows(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]) -> Ite
         }
         for side in SIDES:
             index = getattr(pair, side)
-            trajectory = _find(trajectories, pair, index, position)
+            trajectory = _find(trajectories, pair, side, position)
             decisions = trajectory.decisions_in(getattr(pair, f"{side}_start"), getattr(pair, f"{side}_stop"))
             if len(decisions) == 0:
                 raise ValueError(
@@ -144,20 +144,15 @@ def _rows(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]) -> Ite
         yield row
 
 
-def _find(trajectories: Sequence[Trajectory], pair: StagePair, index: int, position: int) -> Trajectory:
+def _find(trajectories: Sequence[Trajectory], pair: StagePair, side: str, position: int) -> Trajectory:
+    index = getattr(pair, side)
     if not 0 <= index < len(trajectories):
         raise ValueError(
             f"`pairs` must refer to the {len(trajectories)} trajectories, got {index} in pair {position}. "
             f"Load the ones they were built from."
         )
     trajectory = trajectories[index]
-    # the seed of a pair across starts is the chosen side's
-    names = (
-        ("task", "instruction")
-        if pair.reason == ACROSS and index == pair.rejected
-        else ("task", "instruction", "seed")
-    )
-    found, wanted = (tuple(getattr(thing, name) for name in names) for thing in (trajectory, pair))
+    found, wanted = (tuple(getattr(thing, name) for name in pair.shared(side)) for thing in (trajectory, pair))
     if found != wanted:
         raise ValueError(
             f"`trajectories[{index}]` must be of {wanted} for pair {position}, got {found}. Load the right ones."

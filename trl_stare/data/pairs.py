@@ -6,8 +6,9 @@ import json
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +68,11 @@ class StagePair:
     rejected_cost: float
     reason: str
 
+    def shared(self, side: str) -> tuple[str, ...]:
+        """Fields in which the episode of a side, `"chosen"` or `"rejected"`, equals the pair."""
+        elsewhere = self.reason == ACROSS and side == "rejected"
+        return ("task", "instruction") if elsewhere else ("task", "instruction", "seed")
+
 
 class PairSet(NamedTuple):
     """Pairs, and why there are not more.
@@ -98,26 +104,22 @@ def build_pairs(
     passed stage k; if both did, the one of lower cost, if the costs differ by the gap at least. Each side must hold a
     decision ([`Trajectory.decisions_in`]). So there are pairs even where no episode succeeds.
 
-    How a stage was passed may decide what comes after it: how a peg is grasped, whether it can be stood up. With
-    `both_passed="later"` the one whose episode passed more of the later stages is preferred of two that passed, and costs
-    decide where these are equal. Ours; the paper does not say.
-
-    Few episodes of one start reach a late stage, so that most pairs are of the first stages, and most episodes that passed
-    a late one are in no pair of it. With `fill` every stage gets as many pairs as the one that has most, by comparing
-    episodes that passed it with such as did not from other starts. Their states differ more than those of one start:
-    train on them with `centered` scores, to which states contribute nothing. Ours; the paper does not say.
+    Two options are ours; the paper does not say. With `both_passed="later"` the one whose episode passed more of the later
+    stages is preferred of two that passed, as how a peg is grasped may decide whether it can be stood up. Few episodes of one
+    start reach a late stage, so that most that passed it are in no pair of it: with `fill` they are compared with episodes of
+    other starts that did not. Their states differ more: train with `centered` scores, to which states contribute nothing.
 
     Args:
         trajectories (`Sequence[Trajectory]`): episodes of the plan's task, several per seed.
         plan ([`StagePlan`]): the stages.
         objective (`str`): one of [`STAGE_OBJECTIVES`]: pairs of stages; or of [`WHOLE_OBJECTIVES`]: the whole trajectory as one
             segment without cost, so that a pair is a success against a failure.
-        both_passed (`str`): one of [`BOTH_PASSED`]. Whole trajectories have no later stages.
+        both_passed (`str`): one of [`BOTH_PASSED`]; costs decide between equals. Whole trajectories have no later stages.
         min_cost_gap (`float`): smallest difference of costs that counts, >= 0.
         max_pairs_per_start (`int`, *optional*): most pairs of one stage from one seed; a random choice is kept.
         balance (`bool`): keep as many pairs of every stage that has any as the one with the fewest, at random, after the cap.
-        fill (`bool`): add pairs of different starts to every stage that has fewer than the one with most, at random, after the
-            cap; fewer where there are not so many. Whole trajectories have one stage, with nothing to fill.
+        fill (`bool`): add pairs of different starts to every stage, at random, after the cap, until it has as many as the one
+            with most, or there are no more. Whole trajectories have one stage, with nothing to fill.
         seed (`int`): of these choices.
 
     Raises:
@@ -128,35 +130,18 @@ def build_pairs(
     """
     _check_arguments(trajectories, plan, objective, both_passed, min_cost_gap, max_pairs_per_start)
     if balance and fill:
-        raise ValueError(
-            "`balance` and `fill` must not both be given: one drops pairs, the other adds them. Choose one."
-        )
+        raise ValueError("`balance` and `fill` must not both be given: one drops pairs, one adds them. Choose one.")
     whole = objective in WHOLE_OBJECTIVES
     names = (WHOLE_TRAJECTORY,) if whole else plan.names
     cuts = [_whole(trajectory) if whole else segment(plan, trajectory.signals) for trajectory in trajectories]
 
-    chooser, pairs, table = random.Random(seed), [], {name: Counter() for name in names}
-    for members in _by_start(trajectories):
-        for stage, name in enumerate(names):
-            made = []
-            for first, second in combinations(members, 2):
-                outcome = _compare(trajectories, cuts, first, second, stage, name, both_passed, min_cost_gap)
-                if isinstance(outcome, StagePair):
-                    made.append(outcome)
-                else:
-                    table[name][outcome] += 1
-            kept = _cap(made, max_pairs_per_start, chooser)
-            table[name]["made"] += len(kept)
-            table[name]["capped"] += len(made) - len(kept)
-            pairs.extend(kept)
+    compare = partial(_compare, trajectories, cuts, both_passed=both_passed, min_cost_gap=min_cost_gap)
+    chooser, table = random.Random(seed), {name: Counter() for name in names}
+    pairs = _within_starts(trajectories, compare, table, max_pairs_per_start, chooser)
     if balance:
         pairs = _balance(pairs, table, chooser)
     if fill:
-        most = max(counts["made"] for counts in table.values())
-        for stage, name in enumerate(names):
-            added = _across(trajectories, cuts, stage, name, most - table[name]["made"], chooser)
-            table[name]["filled"] = len(added)
-            pairs.extend(added)
+        pairs += _fill(trajectories, cuts, table, chooser)
     return PairSet(tuple(pairs), {name: {outcome: table[name][outcome] for outcome in OUTCOMES} for name in names})
 
 
@@ -202,6 +187,26 @@ def _by_start(trajectories: Sequence[Trajectory]) -> list[list[int]]:
     return list(starts.values())
 
 
+def _within_starts(
+    trajectories: Sequence[Trajectory],
+    compare: Callable[..., StagePair | str],
+    table: Mapping[str, Counter[str]],
+    limit: int | None,
+    chooser: random.Random,
+) -> list[StagePair]:
+    """Pairs of one start, at most `limit` of each stage; outcomes are counted in `table`, whose keys are the stages."""
+    pairs = []
+    for members in _by_start(trajectories):
+        for stage, (name, counts) in enumerate(table.items()):
+            outcomes = [compare(first, second, stage, name) for first, second in combinations(members, 2)]
+            made = [outcome for outcome in outcomes if isinstance(outcome, StagePair)]
+            counts.update(outcome for outcome in outcomes if isinstance(outcome, str))
+            kept = _cap(made, limit, chooser)
+            counts.update(made=len(kept), capped=len(made) - len(kept))
+            pairs.extend(kept)
+    return pairs
+
+
 def _cap(made: list[StagePair], limit: int | None, chooser: random.Random) -> list[StagePair]:
     """At most `limit` pairs, in their order."""
     if limit is None or len(made) <= limit:
@@ -220,6 +225,22 @@ def _balance(pairs: Sequence[StagePair], table: Mapping[str, Counter[str]], choo
         table[name]["balanced"] = len(indices) - size
         table[name]["made"] = size
     return [pairs[index] for index in kept]
+
+
+def _fill(
+    trajectories: Sequence[Trajectory],
+    cuts: Sequence[tuple[Segment, ...]],
+    table: Mapping[str, Counter[str]],
+    chooser: random.Random,
+) -> list[StagePair]:
+    """What every stage lacks of the pairs of the one with most, across starts; counted as `filled` in `table`."""
+    most = max(counts["made"] for counts in table.values())
+    pairs = []
+    for stage, (name, counts) in enumerate(table.items()):
+        added = _across(trajectories, cuts, stage, name, most - counts["made"], chooser)
+        counts["filled"] = len(added)
+        pairs.extend(added)
+    return pairs
 
 
 def _across(

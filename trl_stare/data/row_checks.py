@@ -211,10 +211,10 @@ def _recorded(pair: StagePair, episode: Episode) -> Segment | None:
 
 
 def _start_problems(pair: StagePair, side: str, episode: Episode) -> Iterator[str]:
-    elsewhere = pair.reason == ACROSS and side == "rejected"
-    if elsewhere and pair.seed == episode.seed:
+    shared = pair.shared(side)
+    if "seed" not in shared and pair.seed == episode.seed:
         yield f"`reason` must be 'passed' where both began at seed {pair.seed}, got {pair.reason!r}"
-    for name in ("task", "instruction") if elsewhere else ("task", "instruction", "seed"):
+    for name in shared:
         found, wanted = getattr(pair, name), getattr(episode, name)
         if found != wanted:
             yield f"`{name}` must be that of the {side} trajectory, {wanted!r}, got {found!r}"
