@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from trl_stare.data.pairs import OBJECTIVES
+
 METHODS = {
     "sft": (),
     "tpo": ("tpo-mean",),
@@ -32,9 +34,11 @@ class Arm:
         start (`str`): name of a checkpoint that the command line gives.
         seeds (`tuple[int, ...]`): training seeds, a run each.
         preference (`Mapping`): flags of `benchmarks/preference_learning.py`. ppo (`Mapping`): flags of `recipes/ppo.py`.
+        rounds (`int`): how often preference learning is done, each time on new rollouts of what the time before made.
 
     Raises:
-        ValueError: for an unknown method, no seeds, or a setting of something that the method does not do.
+        ValueError: for an unknown method, no seeds, several rounds of what learns no preferences, or a setting of something that
+            the method does not do.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Arm:
     seeds: tuple[int, ...]
     preference: Mapping[str, Any] = field(default_factory=dict)
     ppo: Mapping[str, Any] = field(default_factory=dict)
+    rounds: int = 1
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -51,6 +56,10 @@ class Arm:
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"`seeds` of arm {self.name!r} must be different training seeds, got {[*self.seeds]}.")
+        if self.rounds < 1 or self.rounds > 1 and not set(METHODS[self.method]) & set(OBJECTIVES):
+            raise ValueError(
+                f"`rounds` of arm {self.name!r} must be at least 1, and 1 for a method without preferences, got {self.rounds}."
+            )
 
 
 @dataclass(frozen=True)

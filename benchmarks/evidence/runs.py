@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.queue import METHODS, Arm, Queue
+from benchmarks.preference_learning import Arguments
 from trl_stare import TokenPolicy, evaluate, get_plan, make_env
 from trl_stare.data import TrajectoryFolder
 from trl_stare.data.pairs import OBJECTIVES
@@ -74,18 +75,24 @@ def steps_of(queue: Queue, arm: Arm, seed: int, start: Path, out: Path) -> list[
     """What is done to the checkpoint `start` in one run, in order; nothing for `sft`.
 
     Arms share what they have in common: the rollouts of preference learning, and a preference step that is the same, which the
-    second arm finds done.
+    second arm finds done; so does an arm of two rounds the first of them.
     """
-    steps, model = [], start
+    steps: list[Step] = []
     for name in METHODS[arm.method]:
-        make = _preference_step if name in OBJECTIVES else _ppo_step
-        steps.append(make(queue, arm, seed, model, out, name))
-        model = steps[-1].policy
+        for turn in range(arm.rounds if name in OBJECTIVES else 1):
+            model = steps[-1].policy if steps else start
+            if name in OBJECTIVES:
+                steps.append(_preference_step(queue, arm, seed, model, out, name, turn))
+            else:
+                steps.append(_ppo_step(queue, arm, seed, model, out, name))
     return steps
 
 
-def _preference_step(queue: Queue, arm: Arm, seed: int, model: Path, out: Path, objective: str) -> Step:
+def _preference_step(queue: Queue, arm: Arm, seed: int, model: Path, out: Path, objective: str, turn: int) -> Step:
     flags = {"checkpoint": model, "seed": seed, **_common(queue), **arm.preference}
+    if turn:  # rollouts from initial states that no earlier round has seen
+        starts, first = (flags.get(name, getattr(Arguments, name)) for name in ("starts", "first_seed"))
+        flags["first_seed"] = first + turn * starts
     played = _digest({name: flags.get(name) for name in COLLECTING})
     rollouts = out / "runs" / f"rollouts-{arm.start}-{played}" / f"seed-{seed}"
     folder = out / "runs" / f"{objective}-{arm.start}-{_digest(flags)}" / f"seed-{seed}"

@@ -60,6 +60,8 @@ arms:
         ("{task: T, start: s, arms: {ppo: }}", r"different training seeds, got \[\]"),
         ("{task: T, start: s, seeds: [0], arms: {ppo: {lr: 1}}}", "arm 'ppo' must hold only .*got lr"),
         ("{task: T, start: s, seeds: [0], episodes: 3, arms: {ppo: }}", "got episodes"),
+        ("{task: T, start: s, seeds: [0], arms: {tpo: {rounds: 0}}}", "`rounds` of arm 'tpo' must be at least 1"),
+        ("{task: T, start: s, seeds: [0], arms: {ppo: {rounds: 2}}}", "1 for a method without preferences, got 2"),
         ("{task: T, start: s, seeds: [0], compare: [[ppo, x]], arms: {ppo: }}", r"pairs of ppo, got \['ppo', 'x'\]"),
         ("{task: T, start: s, seeds: [0], eval_episodes: 0, arms: {ppo: }}", "`eval_episodes` must be at least 1"),
     ],
@@ -115,6 +117,21 @@ def test_what_each_method_runs(tmp_path):
     assert {name for name in ppo.flags if ppo.flags[name] != sta_ppo.flags[name]} == {"stage_aware"}
     assert steps["ipi"][0] == sta_tpo and steps["ipi"][1].flags["model"] == sta_tpo.policy
     assert steps["ipi"][1].folder != sta_ppo.folder
+
+
+def test_rounds_go_on_from_the_round_before_and_from_new_starts(tmp_path):
+    text = "{task: T, start: s, seeds: [0], preference: {starts: 50}, arms: {tpo: , tpo-3: {method: tpo, rounds: 3}, ipi: {rounds: 2}}}"
+    once, thrice, ipi = (
+        steps_of(queue, arm, 0, Path("/start"), tmp_path)
+        for queue in [read_queue(write(tmp_path, text))]
+        for arm in queue.arms
+    )
+    assert [once[0], once[0].policy, thrice[1].policy] == [thrice[0], *(step.flags["checkpoint"] for step in thrice[1:])]
+    first = [parse(step.command[2:])[0].first_seed for step in thrice]
+    assert first == [200_000, 200_050, 200_100]
+    assert len({step.flags["rollouts"] for step in thrice}) == len({step.folder for step in thrice}) == 3
+    assert [step.script for step in ipi] == ["benchmarks/preference_learning.py"] * 2 + ["recipes/ppo.py"]
+    assert ipi[2].flags["model"] == ipi[1].policy
 
 
 def ledger(path: Path, rows: list) -> Path:
