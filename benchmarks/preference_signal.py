@@ -82,19 +82,32 @@ def pair_weights(
     return weights, len(pairs)
 
 
-def gradients(policy: TokenPolicy, episodes: Sequence[Trajectory], weights: Sequence[Tensor]) -> Tensor:
-    """`sum_d w_d grad log pi(a_d | s_d)` for every `w` `[M]` of `weights`, over all decisions, an episode: `[len(weights), D]`."""
+def gradients(
+    policy: TokenPolicy,
+    episodes: Sequence[Trajectory],
+    weights: Sequence[Tensor],
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> Tensor:
+    """`sum_d w_d grad log pi(a_d | s_d)` for every `w` `[M]` of `weights`, over all decisions, an episode: `[len(weights), D]`.
+
+    With `entropy` one row more: of the sum of all decisions' entropies.
+    """
     parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-    found = torch.zeros(len(weights), sum(parameter.numel() for parameter in parameters))
+    found = torch.zeros(len(weights) + entropy, sum(parameter.numel() for parameter in parameters))
     inputs, trace = policy.prepare(observations(episodes)), torch.cat([episode.trace for episode in episodes])
     mask = torch.cat([executed_tokens(episode, trace.shape[1], policy.chunk_size) for episode in episodes])
     for rows in torch.arange(len(trace)).split(ROWS):
-        evaluation = policy.evaluate({name: value[rows] for name, value in inputs.items()}, trace[rows])
+        seen = {name: value[rows] for name, value in inputs.items()}
+        evaluation = policy.evaluate(seen, trace[rows], temperature=temperature)
         logps = (evaluation.logps * mask[rows]).sum(dim=1)
-        for index, weight in enumerate(weights):
-            last = index == len(weights) - 1
+        sums = [logps @ weight[rows] for weight in weights]
+        sums += [(evaluation.entropies * mask[rows]).sum()] if entropy else []
+        for index, value in enumerate(sums):
+            last = index == len(sums) - 1
             parts = torch.autograd.grad(
-                logps @ weight[rows], parameters, retain_graph=not last, materialize_grads=True, allow_unused=True
+                value, parameters, retain_graph=not last, materialize_grads=True, allow_unused=True
             )
             found[index] += torch.cat([part.flatten() for part in parts])
     return found / len(episodes)
@@ -134,7 +147,9 @@ def main(args: argparse.Namespace) -> None:
         for name, options in OBJECTIVES.items():
             weights[name], count = pair_weights(episodes, plan, options)
             pairs[name] += count
-        rows = gradients(policy, episodes, [torch.cat(parts) for parts in weights.values()])
+        rows = gradients(
+            policy, episodes, [torch.cat(parts) for parts in weights.values()], temperature=args.temperature
+        )
         for name, gradient in zip(weights, rows, strict=True):
             found[name].append(gradient)
     results = compare({name: torch.stack(rows) for name, rows in found.items()})
@@ -148,6 +163,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--rollouts", type=Path, required=True, help="folder of its episodes, several from each start")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollouts")
     parser.add_argument("--task", default="StackCube-v1")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--groups", type=int, default=10, help="of starts, a gradient each")

@@ -126,7 +126,10 @@ def test_rounds_go_on_from_the_round_before_and_from_new_starts(tmp_path):
         for queue in [read_queue(write(tmp_path, text))]
         for arm in queue.arms
     )
-    assert [once[0], once[0].policy, thrice[1].policy] == [thrice[0], *(step.flags["checkpoint"] for step in thrice[1:])]
+    assert [once[0], once[0].policy, thrice[1].policy] == [
+        thrice[0],
+        *(step.flags["checkpoint"] for step in thrice[1:]),
+    ]
     first = [parse(step.command[2:])[0].first_seed for step in thrice]
     assert first == [200_000, 200_050, 200_100]
     assert len({step.flags["rollouts"] for step in thrice}) == len({step.folder for step in thrice}) == 3

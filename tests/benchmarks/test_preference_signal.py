@@ -96,6 +96,7 @@ def test_it_measures_rollouts_on_disk(tmp_path, monkeypatch):
             checkpoint=tmp_path / "policy",
             rollouts=tmp_path / "rollouts",
             task=task,
+            temperature=1.0,
             output_dir=tmp_path / "out",
             groups=3,
         )
