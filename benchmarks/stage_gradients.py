@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -77,18 +78,26 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
     Example: rows `[1, 1, 0]`, `[1, -1, 0]` and `[1, 0, 1]` against themselves: 1, though the rows are far apart.
     """
-    return between(a, b) / (between(a, a) * between(b, b)).sqrt()
+    return between(a, b) / (between(a, a).sqrt() * between(b, b).sqrt())
 
 
-def cosines(found: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Name -> other name -> cosine and standard error, of gradients `[B, D]`."""
-    return {a: {b: jackknife(cosine, found[a], found[b]) for b in found if b != a} for a in found}
+def cosines(found: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[float | None, ...]]]:
+    """Name -> other name -> cosine and standard error, of gradients `[B, D]`; `None` for what noise leaves nothing of."""
+    measured = {a: {b: jackknife(cosine, found[a], found[b]) for b in found if b != a} for a in found}
+    return {
+        a: {b: tuple(None if math.isnan(value) else value for value in pair) for b, pair in row.items()}
+        for a, row in measured.items()
+    }
 
 
-def markdown(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """The table a reader sees."""
+def markdown(results: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
+    """The table a reader sees, with ? for what is not known."""
+
+    def cell(value: float | None, error: float | None) -> str:
+        return "?" if value is None else f"{value:+.2f} +- " + ("?" if error is None else f"{error:.2f}")
+
     names = list(results)
-    rows = [(a, *("{:+.2f} +- {:.2f}".format(*results[a][b]) if a != b else "-" for b in names)) for a in names]
+    rows = [(a, *(cell(*results[a][b]) if a != b else "-" for b in names)) for a in names]
     return markdown_table(("", *names), rows) + "\n"
 
 
