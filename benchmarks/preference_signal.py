@@ -16,7 +16,7 @@ import argparse
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,20 @@ def deal(seeds: Sequence[int], groups: int) -> list[set[int]]:
     return [set(starts[first::groups]) for first in range(groups)]
 
 
+def open_groups(args: argparse.Namespace) -> tuple[Path, TokenPolicy, StagePlan, Iterator[list[Trajectory]]]:
+    """What a command line of [`parse`] names: the folder for results, the policy, its task's plan, and the rollouts group by group."""
+    out = claim_folder(
+        args.output_dir, {name: str(value) for name, value in vars(args).items() if name != "output_dir"}
+    )
+    policy = TokenPolicy.from_pretrained(args.checkpoint)
+    policy.model.eval()
+    rollouts = TrajectoryFolder(args.rollouts)
+    seeds = [episode.seed for episode in TrajectoryFolder(args.rollouts, images=False)]
+    dealt = deal(sorted(set(seeds))[: args.starts], args.groups)
+    groups = ([rollouts[i] for i, seed in enumerate(seeds) if seed in group] for group in tqdm(dealt, desc="groups"))
+    return out, policy, get_plan(args.task), groups
+
+
 def markdown(results: Mapping[str, Mapping[str, Any]], pairs: Mapping[str, int]) -> str:
     """The table a reader sees; standard errors behind +-, gains relative to that of the second."""
     plain = list(results)[1]
@@ -133,16 +147,9 @@ def markdown(results: Mapping[str, Mapping[str, Any]], pairs: Mapping[str, int])
 
 def main(args: argparse.Namespace) -> None:
     """Compare, differentiate, tell."""
-    out = claim_folder(
-        args.output_dir, {name: str(value) for name, value in vars(args).items() if name != "output_dir"}
-    )
-    policy, plan = TokenPolicy.from_pretrained(args.checkpoint), get_plan(args.task)
-    policy.model.eval()
-    rollouts = TrajectoryFolder(args.rollouts)
-    seeds = [episode.seed for episode in TrajectoryFolder(args.rollouts, images=False)]
+    out, policy, plan, groups = open_groups(args)
     found, pairs = defaultdict(list), dict.fromkeys(OBJECTIVES, 0)
-    for group in tqdm(deal(seeds, args.groups), desc="groups"):
-        episodes = [rollouts[index] for index, seed in enumerate(seeds) if seed in group]
+    for episodes in groups:
         weights = {SUCCESS: success_weights(episodes)}
         for name, options in OBJECTIVES.items():
             weights[name], count = pair_weights(episodes, plan, options)
@@ -158,16 +165,22 @@ def main(args: argparse.Namespace) -> None:
     logger.info("%s", markdown(results, pairs))
 
 
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(description: str | None) -> argparse.Namespace:
+    """The command line of what looks at the gradients of rollouts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--rollouts", type=Path, required=True, help="folder of its episodes, several from each start")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the rollouts")
     parser.add_argument("--task", default="StackCube-v1")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--starts", type=int, help="take the first so many starts only")
     parser.add_argument("--groups", type=int, default=10, help="of starts, a gradient each")
-    arguments = parser.parse_args()
-    if arguments.groups < 3:  # an error needs two groups that are left when one is out
-        parser.error(f"`--groups` must be at least 3, got {arguments.groups}.")
-    main(arguments)
+    args = parser.parse_args()
+    if args.groups < 3:  # an error needs two groups that are left when one is out
+        parser.error(f"`--groups` must be at least 3, got {args.groups}.")
+    return args
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(parse(__doc__))

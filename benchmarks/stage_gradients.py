@@ -16,19 +16,15 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from benchmarks.gradient_signal import between, jackknife
-from benchmarks.preference_signal import deal, gradients
-from trl_stare import StagePlan, TokenPolicy, get_plan
-from trl_stare.data import TrajectoryFolder
+from benchmarks.preference_signal import gradients, open_groups, parse
+from trl_stare import StagePlan
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.evaluation.report import markdown_table
-from trl_stare.runs import claim_folder
 from trl_stare.stages import segment
 
 logger = logging.getLogger("stage_gradients")
@@ -103,17 +99,9 @@ def markdown(results: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str
 
 def main(args: argparse.Namespace) -> None:
     """Differentiate group by group, compare, tell."""
-    out = claim_folder(
-        args.output_dir, {name: str(value) for name, value in vars(args).items() if name != "output_dir"}
-    )
-    policy, plan = TokenPolicy.from_pretrained(args.checkpoint), get_plan(args.task)
-    policy.model.eval()
-    rollouts = TrajectoryFolder(args.rollouts)
-    seeds = [episode.seed for episode in TrajectoryFolder(args.rollouts, images=False)]
-    chosen = set(sorted(set(seeds))[: args.starts])
+    out, policy, plan, groups = open_groups(args)
     found: dict[str, list[Tensor]] = {}
-    for group in tqdm(deal(sorted(chosen), args.groups), desc="groups"):
-        episodes = [rollouts[index] for index, seed in enumerate(seeds) if seed in group]
+    for episodes in groups:
         weights = contrasts(episodes, plan)
         *rows, noisier = gradients(
             policy, episodes, list(weights.values()), temperature=args.temperature, entropy=True
@@ -128,15 +116,4 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--rollouts", type=Path, required=True, help="folder of its episodes, several from each start")
-    parser.add_argument("--temperature", type=float, required=True, help="of the rollouts")
-    parser.add_argument("--task", default="StackCube-v1")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--starts", type=int, help="take the first so many starts only")
-    parser.add_argument("--groups", type=int, default=6, help="of starts, a gradient each")
-    arguments = parser.parse_args()
-    if arguments.groups < 3:  # an error needs two groups that are left when one is out
-        parser.error(f"`--groups` must be at least 3, got {arguments.groups}.")
-    main(arguments)
+    main(parse(__doc__))

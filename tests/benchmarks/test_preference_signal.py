@@ -97,6 +97,7 @@ def test_it_measures_rollouts_on_disk(tmp_path, monkeypatch):
             rollouts=tmp_path / "rollouts",
             task=task,
             temperature=1.0,
+            starts=None,
             output_dir=tmp_path / "out",
             groups=3,
         )
