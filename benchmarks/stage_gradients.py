@@ -25,7 +25,7 @@ from benchmarks.preference_signal import gradients, open_groups, parse
 from trl_stare import StagePlan
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.evaluation.report import markdown_table
-from trl_stare.stages import segment
+from trl_stare.stages import Segment, segment
 
 logger = logging.getLogger("stage_gradients")
 
@@ -58,15 +58,16 @@ def contrasts(episodes: Sequence[Trajectory], plan: StagePlan) -> dict[str, Tens
     cuts = [segment(plan, episode.signals) for episode in episodes]
     sides = {WHOLE: [(torch.arange(size), e.success_once) for e, size in zip(episodes, sizes, strict=True)]}
     for stage, name in enumerate(plan.names):
-        parts = [segments[stage] if len(segments) > stage else None for segments in cuts]
-        acts = [
-            part and episode.decisions_in(part.start, part.stop) for part, episode in zip(parts, episodes, strict=True)
-        ]
-        sides[name] = [
-            (decisions, part.passed) if part and len(decisions) else None
-            for decisions, part in zip(acts, parts, strict=True)
-        ]
+        sides[name] = [_side(episode, parts, stage) for episode, parts in zip(episodes, cuts, strict=True)]
     return {name: torch.cat(contrast(of, sizes)) for name, of in sides.items()}
+
+
+def _side(episode: Trajectory, parts: Sequence[Segment], stage: int) -> tuple[Tensor, bool] | None:
+    """The decisions of a stage and whether it was passed; `None` if it was not reached or passed without a decision."""
+    if len(parts) <= stage:
+        return None
+    decisions = episode.decisions_in(parts[stage].start, parts[stage].stop)
+    return (decisions, parts[stage].passed) if len(decisions) else None
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
