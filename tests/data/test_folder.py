@@ -100,6 +100,25 @@ def test_training_data_are_those_of_the_list(saved, tmp_path, monkeypatch):
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[1])
 
 
+def test_pairs_across_starts_read_an_episode_once(saved, monkeypatch):
+    """They come back to every episode in no order; what does not fit into memory is read again, and the rows are the same."""
+    folder, episodes = saved
+    pairs = build_pairs(episodes, PLAN, min_cost_gap=0.0, fill=True).pairs
+    assert len({pair.seed for pair in pairs if pair.reason == "across"}) > 2
+    used, read = {index for pair in pairs for index in (pair.chosen, pair.rejected)}, []
+    sequence = TrajectoryFolder(folder, cache_size=1)
+    original = sequence._read
+    monkeypatch.setattr(sequence, "_read", lambda row: read.append(row) or original(row))
+    assert build_pairs(sequence, PLAN, min_cost_gap=0.0, fill=True).pairs == pairs
+    assert read == [*range(23)]
+    read.clear()
+    rows = pairs_dataset(sequence, pairs)
+    assert sorted(read) == sorted(used)
+    monkeypatch.setattr(collators, "ENCODED_BYTES", 1)
+    assert pairs_dataset(sequence, pairs).data.table.equals(rows.data.table) and len(read) > 2 * len(used)
+    assert rows.data.table.equals(pairs_dataset(episodes, pairs).data.table)
+
+
 def test_no_pairs_make_an_empty_dataset(saved, tmp_path):
     assert len(pairs_dataset([], [])) == 0 and len(pairs_dataset([], [], file=tmp_path / "empty.arrow")) == 0
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,11 @@ from trl_stare.interfaces import Observation, VLAPolicy
 
 SIDES = ("chosen", "rejected")
 ROWS_PER_TABLE = 64
-"""Pairs that are converted at once: what is in memory beside the dataset itself."""
+"""Pairs that are converted at once."""
+ENCODED_BYTES = 2**28
+"""Encoded images that are kept while pairs are converted; at 64 px 0.1 MB an episode. With `ROWS_PER_TABLE` pairs, what is in memory
+beside the dataset itself."""
+NO_IMAGES = torch.zeros(0, 0, 0, 3, dtype=torch.uint8)
 
 # No column may be called `image` or `images`: DPOTrainer would take the rows for chats with pictures.
 PAIR_FEATURES = Features(
@@ -116,42 +121,64 @@ def _tables(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
 
 
 def _rows(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]) -> Iterator[dict[str, Any]]:
-    # an episode takes part in many pairs of its start, which follow one another: each image is encoded once
-    frames: dict[tuple[int, int], dict[str, Any]] = {}
-    start = None
+    episodes = _EncodedEpisodes(trajectories)
     for position, pair in enumerate(pairs):
-        if (pair.instruction, pair.seed) != start:
-            start = pair.instruction, pair.seed
-            frames.clear()
         row: dict[str, Any] = {
             name: getattr(pair, name) for name in ("task", "instruction", "seed", "stage", "stage_name")
         }
         for side in SIDES:
-            index = getattr(pair, side)
-            trajectory = _find(trajectories, pair, side, position)
+            trajectory, frames = _find(episodes, pair, side, position)
             decisions = trajectory.decisions_in(getattr(pair, f"{side}_start"), getattr(pair, f"{side}_stop"))
             if len(decisions) == 0:
                 raise ValueError(
                     f"`pairs` must have a decision on each side, got none on the {side} side of pair {position}."
                 )
-            for decision in decisions.tolist():
-                if (index, decision) not in frames:
-                    frames[index, decision] = {"bytes": encode_png(trajectory.images[decision]), "path": None}
-            row[f"{side}_frames"] = [frames[index, decision] for decision in decisions.tolist()]
+            row[f"{side}_frames"] = [frames[decision] for decision in decisions.tolist()]
             row[f"{side}_state"] = trajectory.state[decisions].numpy()
             row[f"{side}_trace"] = trajectory.trace[decisions].numpy()
             row[f"{side}_cost"] = getattr(pair, f"{side}_cost")
         yield row
 
 
-def _find(trajectories: Sequence[Trajectory], pair: StagePair, side: str, position: int) -> Trajectory:
+class _EncodedEpisodes(Sequence[tuple[Trajectory, list[dict[str, Any]]]]):
+    """Episodes without images, and their images as PNG. An episode takes part in many pairs: those of its start follow one
+    another, those across starts do not, so that as many are kept as fit into `ENCODED_BYTES`."""
+
+    def __init__(self, trajectories: Sequence[Trajectory]):
+        self.trajectories = trajectories
+        self._kept: OrderedDict[int, tuple[Trajectory, list[dict[str, Any]]]] = OrderedDict()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return len(self.trajectories)
+
+    def __getitem__(self, index: int) -> tuple[Trajectory, list[dict[str, Any]]]:
+        if index not in self._kept:
+            trajectory = self.trajectories[index]
+            frames = [{"bytes": encode_png(image), "path": None} for image in trajectory.images]
+            self._kept[index] = replace(trajectory, images=NO_IMAGES), frames
+            self._size += _num_bytes(frames)
+            while self._size > ENCODED_BYTES and len(self._kept) > 1:
+                _, (_, dropped) = self._kept.popitem(last=False)
+                self._size -= _num_bytes(dropped)
+        self._kept.move_to_end(index)
+        return self._kept[index]
+
+
+def _num_bytes(frames: list[dict[str, Any]]) -> int:
+    return sum(len(frame["bytes"]) for frame in frames)
+
+
+def _find(
+    episodes: _EncodedEpisodes, pair: StagePair, side: str, position: int
+) -> tuple[Trajectory, list[dict[str, Any]]]:
     index = getattr(pair, side)
-    if not 0 <= index < len(trajectories):
+    if not 0 <= index < len(episodes):
         raise ValueError(
-            f"`pairs` must refer to the {len(trajectories)} trajectories, got {index} in pair {position}. "
+            f"`pairs` must refer to the {len(episodes)} trajectories, got {index} in pair {position}. "
             f"Load the ones they were built from."
         )
-    trajectory = trajectories[index]
+    trajectory, frames = episodes[index]
     found, wanted = (tuple(getattr(thing, name) for name in pair.shared(side)) for thing in (trajectory, pair))
     if found != wanted:
         raise ValueError(
@@ -161,7 +188,7 @@ def _find(trajectories: Sequence[Trajectory], pair: StagePair, side: str, positi
         raise ValueError(
             f"`trajectories[{index}]` must have a trace, got None. Use rollouts of a policy, not of an expert."
         )
-    return trajectory
+    return trajectory, frames
 
 
 @dataclass

@@ -128,20 +128,21 @@ def build_pairs(
     Example: of one seed, A passed Reach and Grasp, B passed Reach at a higher cost and failed to grasp, C failed to
     reach: Reach gets A > B (cost), A > C, B > C (passed), Grasp gets A > B; C takes no part in Grasp.
     """
-    _check_arguments(trajectories, plan, objective, both_passed, min_cost_gap, max_pairs_per_start)
+    _check_arguments(objective, both_passed, min_cost_gap, max_pairs_per_start)
     if balance and fill:
         raise ValueError("`balance` and `fill` must not both be given: one drops pairs, one adds them. Choose one.")
     whole = objective in WHOLE_OBJECTIVES
     names = (WHOLE_TRAJECTORY,) if whole else plan.names
-    cuts = [_whole(trajectory) if whole else segment(plan, trajectory.signals) for trajectory in trajectories]
+    # one pass: trajectories may be on disk
+    episodes = [_cut(trajectory, index, plan, whole) for index, trajectory in enumerate(trajectories)]
 
-    compare = partial(_compare, trajectories, cuts, both_passed=both_passed, min_cost_gap=min_cost_gap)
+    compare = partial(_compare, episodes, both_passed=both_passed, min_cost_gap=min_cost_gap)
     chooser, table = random.Random(seed), {name: Counter() for name in names}
-    pairs = _within_starts(trajectories, compare, table, max_pairs_per_start, chooser)
+    pairs = _within_starts(episodes, compare, table, max_pairs_per_start, chooser)
     if balance:
         pairs = _balance(pairs, table, chooser)
     if fill:
-        pairs += _fill(trajectories, cuts, table, chooser)
+        pairs += _fill(episodes, table, chooser)
     return PairSet(tuple(pairs), {name: {outcome: table[name][outcome] for outcome in OUTCOMES} for name in names})
 
 
@@ -179,16 +180,37 @@ def load_yield(folder: str | Path) -> dict[str, dict[str, int]] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _by_start(trajectories: Sequence[Trajectory]) -> list[list[int]]:
+class _Episode(NamedTuple):
+    """What of a trajectory pairs are made from: where it began, and its segments."""
+
+    task: str
+    instruction: str
+    seed: int
+    parts: tuple[Segment, ...]
+
+
+def _cut(trajectory: Trajectory, index: int, plan: StagePlan, whole: bool) -> _Episode:
+    if trajectory.task != plan.task:
+        raise ValueError(
+            f"`trajectories` must be of the plan's task {plan.task!r}, got {trajectory.task!r} at {index}."
+        )
+    if whole:
+        parts = (Segment(0, 0, trajectory.num_steps, trajectory.success_once, 0.0),)
+    else:
+        parts = segment(plan, trajectory.signals)
+    return _Episode(trajectory.task, trajectory.instruction, trajectory.seed, parts)
+
+
+def _by_start(episodes: Sequence[_Episode]) -> list[list[int]]:
     """Positions of the episodes that can be compared with each other, in order of their first."""
     starts: dict[tuple[int, str], list[int]] = defaultdict(list)
-    for index, trajectory in enumerate(trajectories):
-        starts[trajectory.seed, trajectory.instruction].append(index)
+    for index, episode in enumerate(episodes):
+        starts[episode.seed, episode.instruction].append(index)
     return list(starts.values())
 
 
 def _within_starts(
-    trajectories: Sequence[Trajectory],
+    episodes: Sequence[_Episode],
     compare: Callable[..., StagePair | str],
     table: Mapping[str, Counter[str]],
     limit: int | None,
@@ -196,7 +218,7 @@ def _within_starts(
 ) -> list[StagePair]:
     """Pairs of one start, at most `limit` of each stage; outcomes are counted in `table`, whose keys are the stages."""
     pairs = []
-    for members in _by_start(trajectories):
+    for members in _by_start(episodes):
         for stage, (name, counts) in enumerate(table.items()):
             outcomes = [compare(first, second, stage, name) for first, second in combinations(members, 2)]
             made = [outcome for outcome in outcomes if isinstance(outcome, StagePair)]
@@ -227,39 +249,30 @@ def _balance(pairs: Sequence[StagePair], table: Mapping[str, Counter[str]], choo
     return [pairs[index] for index in kept]
 
 
-def _fill(
-    trajectories: Sequence[Trajectory],
-    cuts: Sequence[tuple[Segment, ...]],
-    table: Mapping[str, Counter[str]],
-    chooser: random.Random,
-) -> list[StagePair]:
+def _fill(episodes: Sequence[_Episode], table: Mapping[str, Counter[str]], chooser: random.Random) -> list[StagePair]:
     """What every stage lacks of the pairs of the one with most, across starts; counted as `filled` in `table`."""
     most = max(counts["made"] for counts in table.values())
     pairs = []
     for stage, (name, counts) in enumerate(table.items()):
-        added = _across(trajectories, cuts, stage, name, most - counts["made"], chooser)
+        added = _across(episodes, stage, name, most - counts["made"], chooser)
         counts["filled"] = len(added)
         pairs.extend(added)
     return pairs
 
 
 def _across(
-    trajectories: Sequence[Trajectory],
-    cuts: Sequence[tuple[Segment, ...]],
-    stage: int,
-    name: str,
-    count: int,
-    chooser: random.Random,
+    episodes: Sequence[_Episode], stage: int, name: str, count: int, chooser: random.Random
 ) -> list[StagePair]:
     """At most `count` pairs of an episode that passed the stage and one from another start that did not, none of them twice."""
-    acted = [i for i, parts in enumerate(cuts) if len(parts) > stage and parts[stage].start < parts[stage].stop]
-    passed = [i for i in acted if cuts[i][stage].passed]
-    failed = [i for i in acted if not cuts[i][stage].passed]
+    parts = {index: episode.parts[stage] for index, episode in enumerate(episodes) if len(episode.parts) > stage}
+    acted = {index: part for index, part in parts.items() if part.start < part.stop}
+    passed = [index for index, part in acted.items() if part.passed]
+    failed = [index for index, part in acted.items() if not part.passed]
     couples = (divmod(n, len(failed)) for n in _shuffled(len(passed) * len(failed), chooser))
     found = (
-        _pair(trajectories[i], stage, name, {i: cuts[i][stage], j: cuts[j][stage]}, ACROSS)
+        _pair(episodes[i], stage, name, {i: acted[i], j: acted[j]}, ACROSS)
         for i, j in ((passed[a], failed[b]) for a, b in couples)
-        if trajectories[i].seed != trajectories[j].seed and trajectories[i].instruction == trajectories[j].instruction
+        if episodes[i].seed != episodes[j].seed and episodes[i].instruction == episodes[j].instruction
     )
     return sorted(islice(found, count), key=lambda pair: (pair.chosen, pair.rejected))
 
@@ -274,8 +287,7 @@ def _shuffled(n: int, chooser: random.Random) -> Iterator[int]:
 
 
 def _compare(
-    trajectories: Sequence[Trajectory],
-    cuts: Sequence[tuple[Segment, ...]],
+    episodes: Sequence[_Episode],
     first: int,
     second: int,
     stage: int,
@@ -284,31 +296,31 @@ def _compare(
     min_cost_gap: float,
 ) -> StagePair | str:
     """The pair of two episodes in one stage, or the outcome that says why there is none."""
-    if len(cuts[first]) <= stage or len(cuts[second]) <= stage:
+    if any(len(episodes[index].parts) <= stage for index in (first, second)):
         return "not_reached"
-    parts = {index: cuts[index][stage] for index in (first, second)}
+    parts = {index: episodes[index].parts[stage] for index in (first, second)}
     if not any(part.passed for part in parts.values()):
         return "both_failed"
     if any(part.start == part.stop for part in parts.values()):  # one step is enough: some decision acts in it
         return "no_decision"
     # passing this stage comes before passing later ones, and both before cost
-    reach = {index: num_passed(cuts[index]) if both_passed == "later" else 0 for index in parts}
+    reach = {index: num_passed(episodes[index].parts) if both_passed == "later" else 0 for index in parts}
     chosen, rejected = sorted(parts, key=lambda index: (not parts[index].passed, -reach[index], parts[index].cost))
     better, worse = parts[chosen], parts[rejected]
     reason = "passed" if not worse.passed else "later" if reach[chosen] > reach[rejected] else "cost"
     gap = worse.cost - better.cost
     if reason == "cost" and (gap < min_cost_gap or gap == 0.0):
         return "gap_too_small"
-    return _pair(trajectories[chosen], stage, name, {chosen: better, rejected: worse}, reason)
+    return _pair(episodes[chosen], stage, name, {chosen: better, rejected: worse}, reason)
 
 
-def _pair(trajectory: Trajectory, stage: int, name: str, sides: dict[int, Segment], reason: str) -> StagePair:
-    """`sides`: chosen and rejected index -> segment, in this order; `trajectory` is the chosen one."""
+def _pair(episode: _Episode, stage: int, name: str, sides: dict[int, Segment], reason: str) -> StagePair:
+    """`sides`: chosen and rejected index -> segment, in this order; `episode` is the chosen one."""
     (chosen, better), (rejected, worse) = sides.items()
     return StagePair(
-        task=trajectory.task,
-        instruction=trajectory.instruction,
-        seed=trajectory.seed,
+        task=episode.task,
+        instruction=episode.instruction,
+        seed=episode.seed,
         stage=stage,
         stage_name=name,
         chosen=chosen,
@@ -331,18 +343,7 @@ def num_passed(segments: Sequence[Segment]) -> int:
     return sum(part.passed for part in segments)
 
 
-def _whole(trajectory: Trajectory) -> tuple[Segment, ...]:
-    return (Segment(0, 0, trajectory.num_steps, trajectory.success_once, 0.0),)
-
-
-def _check_arguments(
-    trajectories: Sequence[Trajectory],
-    plan: StagePlan,
-    objective: str,
-    both_passed: str,
-    min_cost_gap: float,
-    max_pairs_per_start: int | None,
-) -> None:
+def _check_arguments(objective: str, both_passed: str, min_cost_gap: float, max_pairs_per_start: int | None) -> None:
     if objective not in OBJECTIVES:
         raise ValueError(f"`objective` must be one of {OBJECTIVES}, got {objective!r}.")
     if both_passed not in BOTH_PASSED:
@@ -351,8 +352,3 @@ def _check_arguments(
         raise ValueError(f"`min_cost_gap` must be >= 0, got {min_cost_gap}.")
     if max_pairs_per_start is not None and max_pairs_per_start < 1:
         raise ValueError(f"`max_pairs_per_start` must be None or at least 1, got {max_pairs_per_start}.")
-    for index, trajectory in enumerate(trajectories):
-        if trajectory.task != plan.task:
-            raise ValueError(
-                f"`trajectories` must be of the plan's task {plan.task!r}, got {trajectory.task!r} at {index}."
-            )
