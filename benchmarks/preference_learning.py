@@ -66,6 +66,7 @@ class Arguments:
     )
     min_cost_gap: float = field(default=0.02, metadata={"help": "Smallest difference of costs that counts."})
     fill: bool = field(default=False, metadata={"help": "As many pairs of every stage, by comparing across starts."})
+    fill_to: int | None = field(default=None, metadata={"help": "With `fill`: this many, also of whole trajectories."})
     arms: list[str] = field(
         default_factory=lambda: [BASE, "sta-tpo", "tpo-mean"],
         metadata={"help": f"What is evaluated, of {BASE}, {OBJECTIVES}."},
@@ -151,7 +152,8 @@ def find_pairs(args: Arguments, config: StageDPOConfig, rollouts: TrajectoryFold
     made = {}
     for objective in (name for name in OBJECTIVES if name in args.arms):
         options = {
-            name: getattr(args, name) for name in ("both_passed", "min_cost_gap", "max_pairs_per_start", "fill")
+            name: getattr(args, name)
+            for name in ("both_passed", "min_cost_gap", "max_pairs_per_start", "fill", "fill_to")
         }
         found = build_pairs(slim, plan, objective=objective, seed=config.seed, **options)
         made[objective] = found._replace(pairs=tuple(pair for pair in found.pairs if pair.reason in args.reasons))

@@ -46,6 +46,9 @@ class PairsArguments:
     )
     balance: bool = field(default=False, metadata={"help": "Keep equally many pairs of every stage."})
     fill: bool = field(default=False, metadata={"help": "As many pairs of every stage, by comparing across starts."})
+    fill_to: int | None = field(
+        default=None, metadata={"help": "With `fill`: at least this many, also of whole trajectories."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the choice where not all pairs are kept."})
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a repository."})
     task_module: str | None = field(
@@ -68,6 +71,7 @@ def main(args: PairsArguments) -> None:
         max_pairs_per_start=args.max_pairs_per_start,
         balance=args.balance,
         fill=args.fill,
+        fill_to=args.fill_to,
         seed=args.seed,
     )
     logger.info("%s", format_yield(pairs.yield_table))

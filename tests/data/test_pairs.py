@@ -304,6 +304,21 @@ def test_to_drop_pairs_and_to_add_them_is_refused():
         build_pairs([FAST, SLOW], PLAN, balance=True, fill=True)
 
 
+def test_filling_to_a_number_of_pairs():
+    """Twenty starts with a success, a failure and two that do not even reach: whole trajectories are filled like any other stage."""
+    trajectories = [elsewhere(t, seed) for seed in range(20) for t in (FAST, STUCK, LOST, LOST)]
+    given = {"min_cost_gap": float("inf"), "fill": True}
+    whole = build_pairs(trajectories, PLAN, objective="tpo-mean", fill_to=100, **given)
+    assert whole.yield_table == {"trajectory": counts(made=60, both_failed=60, filled=40)}
+    for pair in whole.pairs[60:]:
+        assert pair.reason == "across" and pair.chosen % 4 == 0 != pair.rejected % 4
+    few = build_pairs(trajectories, PLAN, fill_to=30, **given).yield_table
+    assert [(row["made"], row["filled"]) for row in few.values()] == [(80, 0), (20, 10)], "none is taken away"
+    for wrong in ({"fill_to": 0, "fill": True}, {"fill_to": 9}):
+        with pytest.raises(ValueError, match="`fill_to` must be None or at least 1, and given with `fill`"):
+            build_pairs(trajectories, PLAN, **wrong)
+
+
 def test_every_comparison_is_accounted_for():
     trajectories = [FAST, SLOW, STUCK, LOST, STUCK]
     for row in build_pairs(trajectories, PLAN, max_pairs_per_start=2, balance=True).yield_table.values():

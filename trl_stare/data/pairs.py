@@ -96,6 +96,7 @@ def build_pairs(
     max_pairs_per_start: int | None = None,
     balance: bool = False,
     fill: bool = False,
+    fill_to: int | None = None,
     seed: int = 0,
 ) -> PairSet:
     """Compare every two episodes with the same task, seed and instruction.
@@ -119,7 +120,8 @@ def build_pairs(
         max_pairs_per_start (`int`, *optional*): most pairs of one stage from one seed; a random choice is kept.
         balance (`bool`): keep as many pairs of every stage that has any as the one with the fewest, at random, after the cap.
         fill (`bool`): add pairs of different starts to every stage, at random, after the cap, until it has as many as the one
-            with most, or there are no more. Whole trajectories have one stage, with nothing to fill.
+            with most, or there are no more. Whole trajectories have one stage, with nothing to fill unless `fill_to` says so.
+        fill_to (`int`, *optional*): with `fill`, as many pairs of every stage as this, at least 1, where it has not more already.
         seed (`int`): of these choices.
 
     Raises:
@@ -129,8 +131,7 @@ def build_pairs(
     reach: Reach gets A > B (cost), A > C, B > C (passed), Grasp gets A > B; C takes no part in Grasp.
     """
     _check_arguments(objective, both_passed, min_cost_gap, max_pairs_per_start)
-    if balance and fill:
-        raise ValueError("`balance` and `fill` must not both be given: one drops pairs, one adds them. Choose one.")
+    _check_fill(balance, fill, fill_to)
     whole = objective in WHOLE_OBJECTIVES
     names = (WHOLE_TRAJECTORY,) if whole else plan.names
     # one pass: trajectories may be on disk
@@ -142,7 +143,8 @@ def build_pairs(
     if balance:
         pairs = _balance(pairs, table, chooser)
     if fill:
-        pairs += _fill(episodes, table, chooser)
+        most = max(counts["made"] for counts in table.values())
+        pairs += _fill(episodes, table, most if fill_to is None else fill_to, chooser)
     return PairSet(tuple(pairs), {name: {outcome: table[name][outcome] for outcome in OUTCOMES} for name in names})
 
 
@@ -249,12 +251,13 @@ def _balance(pairs: Sequence[StagePair], table: Mapping[str, Counter[str]], choo
     return [pairs[index] for index in kept]
 
 
-def _fill(episodes: Sequence[_Episode], table: Mapping[str, Counter[str]], chooser: random.Random) -> list[StagePair]:
-    """What every stage lacks of the pairs of the one with most, across starts; counted as `filled` in `table`."""
-    most = max(counts["made"] for counts in table.values())
+def _fill(
+    episodes: Sequence[_Episode], table: Mapping[str, Counter[str]], size: int, chooser: random.Random
+) -> list[StagePair]:
+    """What every stage lacks of `size` pairs, across starts; counted as `filled` in `table`."""
     pairs = []
     for stage, (name, counts) in enumerate(table.items()):
-        added = _across(episodes, stage, name, most - counts["made"], chooser)
+        added = _across(episodes, stage, name, max(0, size - counts["made"]), chooser)
         counts["filled"] = len(added)
         pairs.extend(added)
     return pairs
@@ -352,3 +355,12 @@ def _check_arguments(objective: str, both_passed: str, min_cost_gap: float, max_
         raise ValueError(f"`min_cost_gap` must be >= 0, got {min_cost_gap}.")
     if max_pairs_per_start is not None and max_pairs_per_start < 1:
         raise ValueError(f"`max_pairs_per_start` must be None or at least 1, got {max_pairs_per_start}.")
+
+
+def _check_fill(balance: bool, fill: bool, fill_to: int | None) -> None:
+    if balance and fill:
+        raise ValueError("`balance` and `fill` must not both be given: one drops pairs, one adds them. Choose one.")
+    if fill_to is not None and (not fill or fill_to < 1):
+        raise ValueError(
+            f"`fill_to` must be None or at least 1, and given with `fill`, got {fill_to} with fill={fill}."
+        )
