@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trl_stare.data.pairs import StagePair
 from trl_stare.data.parquet import to_table
-from trl_stare.data.schema import encode_png
+from trl_stare.data.schema import image_cell
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import Observation, VLAPolicy
 
@@ -155,7 +155,7 @@ class _EncodedEpisodes(Sequence[tuple[Trajectory, list[dict[str, Any]]]]):
     def __getitem__(self, index: int) -> tuple[Trajectory, list[dict[str, Any]]]:
         if index not in self._kept:
             trajectory = self.trajectories[index]
-            frames = [{"bytes": encode_png(image), "path": None} for image in trajectory.images]
+            frames = [image_cell(image) for image in trajectory.images]
             self._kept[index] = replace(trajectory, images=NO_IMAGES), frames
             self._size += _num_bytes(frames)
             while self._size > ENCODED_BYTES and len(self._kept) > 1:

@@ -215,6 +215,11 @@ def encode_png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def image_cell(image: Tensor) -> dict[str, Any]:
+    """`[H, W, 3]` uint8 -> a cell of datasets' `Image`, as PNG."""
+    return {"bytes": encode_png(image), "path": None}
+
+
 def decode_png(data: bytes) -> Tensor:
     """PNG -> `[H, W, 3]` uint8."""
     return torch.from_numpy(np.array(PILImage.open(io.BytesIO(data)).convert("RGB")))
@@ -254,8 +259,8 @@ def _to_row(index: int, trajectory: Trajectory, plan: StagePlan, note: str) -> d
         "stage_names": list(plan.names),
         "stage": plan.current_stage(trajectory.signals)[:-1].numpy(),
         "segments": [part._asdict() for part in segment(plan, trajectory.signals)],
-        "images": [{"bytes": encode_png(image), "path": None} for image in trajectory.images],
-        "final_image": {"bytes": encode_png(trajectory.final_image), "path": None},
+        "images": [image_cell(image) for image in trajectory.images],
+        "final_image": image_cell(trajectory.final_image),
         "metadata": note,
     }
     for field in fields(Trajectory):
