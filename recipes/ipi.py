@@ -5,15 +5,16 @@
 Flags override the file, those of a phase by its name: `--interaction.learning_rate 3e-4`. The same command with the same
 `--output_dir` continues where it stopped. `--phases preference,interaction --init_checkpoint PATH` starts from a checkpoint, and
 `--init_checkpoint openvla/openvla-7b --policy.unnorm_key bridge_orig --chunk_size 1 --image_size 224 --lora.r 32` trains another VLA
-in all three phases, by adapters that are merged at the end of each.
+in all three phases, by adapters that are merged at the end of each. `--preference_rounds 4` does the preference phase four times, each
+on rollouts of what the time before made; rounds after the first are `preference-2`, `preference-3`, ...
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,9 +56,12 @@ from trl_stare.envs import get_simulated_task
 from trl_stare.evaluation import (
     PHASES,
     PLAIN_PPO,
+    PhaseRecords,
     build_results,
     evaluate,
     film_policy,
+    in_round,
+    phase_turn,
     read_episodes,
     save_success_and_failure,
     write_episodes,
@@ -89,7 +93,8 @@ class IPIArguments:
     init_checkpoint: str | None = field(default=None, metadata={"help": "Start the first phase from this checkpoint."})
     num_demonstrations: int = field(default=200, metadata={"help": "Successful demonstrations to imitate."})
     demonstration_noise: float = field(default=0.1, metadata={"help": "Noise on the demonstrator, controller units."})
-    preference_starts: int = field(default=48, metadata={"help": "Initial states played for preference pairs."})
+    preference_rounds: int = field(default=1, metadata={"help": "Times to do preference, on new rollouts each."})
+    preference_starts: int = field(default=48, metadata={"help": "Initial states played for a round's pairs."})
     rollouts_per_start: int = field(default=6, metadata={"help": "Episodes per initial state."})
     max_pairs_per_start: int = field(default=4, metadata={"help": "Most pairs of a stage from one initial state."})
     both_passed: str = field(
@@ -118,9 +123,11 @@ class IPIArguments:
         chosen = self.phases.split(",")
         if chosen != [phase for phase in PHASES if phase in chosen]:
             raise ValueError(f"`phases` must be some of {','.join(PHASES)} in this order, got {self.phases!r}.")
-        if "imitation" not in chosen and self.init_checkpoint is None and not phase_file(self, "imitation").exists():
+        if "imitation" not in chosen and self.init_checkpoint is None and "imitation" not in phase_records(self).done:
             raise ValueError("`init_checkpoint` must be given when the imitation phase is skipped, got None.")
-        for name in ("num_demonstrations", "preference_starts", "eval_episodes", "chunk_size", "num_envs"):
+        for name in (
+            "num_demonstrations", "preference_rounds", "preference_starts", "eval_episodes", "chunk_size", "num_envs"
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.rollouts_per_start < 2:
@@ -130,7 +137,7 @@ class IPIArguments:
 def main(args: IPIArguments) -> None:
     """The pipeline, phase by phase; what is there already is not made again."""
     # everything that can be refused is refused before any work
-    configs = {phase: trainer_config(args, phase) for phase in args.phases.split(",")}
+    configs = {phase: trainer_config(args, phase) for phase in rounds(args, args.phases.split(","))}
     import_tasks(args.task_module)
     simulated, plan = get_simulated_task(args.task), get_plan(args.task)
     if args.init_checkpoint:
@@ -138,31 +145,31 @@ def main(args: IPIArguments) -> None:
     out = claim_folder(args.output_dir, asdict(args), free=("phases", "init_checkpoint", "output_dir"))
     (out / "evaluation").mkdir(exist_ok=True)
     watch = Stopwatch(out / "timing.json")
-    todo = [phase for phase in configs if not phase_file(args, phase).exists()]
-    done = [phase for phase in PHASES if phase_file(args, phase).exists()]
+    records = phase_records(args)
+    todo = [phase for phase in configs if phase not in records.done]
     set_seed(args.seed)
 
     demonstrations = []
-    if "imitation" in todo and not training_file(args, "imitation").exists():
+    if "imitation" in todo and not records.is_trained("imitation"):
         with watch("demonstrations"), closing(make(args, chunk_size=1)) as env:
             demonstrations = collect_demonstrations(args, env, simulated.demonstrate, plan)
 
     with closing(make(args, chunk_size=args.chunk_size)) as env:
         for phase in todo:
-            earlier = [other for other in PHASES[: PHASES.index(phase)] if other in done]
-            checkpoint = str(out / earlier[-1]) if earlier else args.init_checkpoint
-            if not training_file(args, phase).exists():
+            before = records.before(phase)
+            checkpoint = str(out / before) if before else args.init_checkpoint
+            if not records.is_trained(phase):
                 with watch(f"{phase}: training"):
                     if phase == "imitation":
                         imitate(args, configs[phase], demonstrations, plan)
-                    elif phase == "preference":
-                        prefer(args, configs[phase], checkpoint, env, plan)
-                    else:
+                    elif phase == "interaction":
                         interact(args, configs[phase], checkpoint, env, plan)
+                    else:
+                        prefer(args, phase, configs[phase], checkpoint, env, plan)
             with watch(f"{phase}: evaluation"):
                 method = None if getattr(configs[phase], "stage_aware", True) else PLAIN_PPO
                 evaluate_phase(args, phase, env, plan, started_from=checkpoint, method=method)
-            done.append(phase)
+            PartialState().wait_for_everyone()  # the next phase begins where the records say that this one ended
             report(args, watch.seconds)
         with watch("videos"):
             film(args, env, plan)
@@ -184,29 +191,30 @@ def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: list, pl
     save_phase(args, "imitation", trainer, env_steps, [demonstration.seed for demonstration in demonstrations])
 
 
-def prefer(args: IPIArguments, config: StageDPOConfig, checkpoint: str, env: Any, plan: Any) -> None:
-    """Phase 2: several episodes per start, cut into stages and compared stage by stage; then StA-TPO."""
-    policy, data = load_policy(args, checkpoint), Path(args.output_dir) / "data"
+def prefer(args: IPIArguments, phase: str, config: StageDPOConfig, checkpoint: str, env: Any, plan: Any) -> None:
+    """Phase 2, one round of it: several episodes per start, cut into stages and compared stage by stage; then StA-TPO."""
+    policy, data, turn = load_policy(args, checkpoint), Path(args.output_dir) / "data", phase_turn(phase)[1]
+    folder = data / in_round("rollouts", turn)
     if PartialState().is_main_process:
-        collect_rollouts(args, policy, env, plan, data / "rollouts")
+        # from initial states that no earlier round has seen
+        collect_rollouts(args, policy, env, plan, folder, PREFERENCE_SEEDS + (turn - 1) * args.preference_starts)
     PartialState().wait_for_everyone()
-    rollouts = TrajectoryFolder(data / "rollouts")
-    signals = TrajectoryFolder(data / "rollouts", images=False)
+    rollouts, signals = TrajectoryFolder(folder), TrajectoryFolder(folder, images=False)
     pairs = build_pairs(
         signals, plan, objective=config.objective, both_passed=args.both_passed, min_cost_gap=args.min_cost_gap,
         max_pairs_per_start=args.max_pairs_per_start, fill=args.fill, seed=args.seed,
     )  # fmt: skip
     logger.info("pairs per stage:\n%s", format_yield(pairs.yield_table))
-    rows = data / "_pairs" / "pairs.arrow"
+    rows = data / in_round("_pairs", turn) / "pairs.arrow"
     if PartialState().is_main_process:
-        save_pairs(pairs.pairs, data / "pairs")
+        save_pairs(pairs.pairs, data / in_round("pairs", turn))
         pairs_dataset(rollouts, pairs.pairs, file=rows)
     PartialState().wait_for_everyone()
     trainer = StageDPOTrainer(policy, config, Dataset.from_file(str(rows)), peft_config=lora_config(args))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
     env_steps = sum(rollout.num_steps for rollout in signals)
     pair_yield = {stage: dict(counts) for stage, counts in pairs.yield_table.items()}
-    save_phase(args, "preference", trainer, env_steps, [rollout.seed for rollout in signals], pair_yield=pair_yield)
+    save_phase(args, phase, trainer, env_steps, [rollout.seed for rollout in signals], pair_yield=pair_yield)
 
 
 def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: Any, plan: Any) -> None:
@@ -231,27 +239,25 @@ def collect_demonstrations(args: IPIArguments, env: Any, expert: Any, plan: Any)
             raise ValueError(f"`task` must have a demonstrator, got {args.task!r} without. Give `init_checkpoint`.")
         with tqdm(total=args.num_demonstrations, desc="demonstrations", unit="episode") as bar:
             shown = demonstrate_successes(
-                env,
-                expert,
-                args.num_demonstrations,
-                first_seed=DEMO_SEEDS,
-                noise=args.demonstration_noise,
+                env, expert, args.num_demonstrations, first_seed=DEMO_SEEDS, noise=args.demonstration_noise,
                 mistake_size=get_simulated_task(args.task).mistake_size,
                 generator=torch.Generator().manual_seed(args.seed),
                 on_episode=lambda trajectory: bar.update(int(trajectory.success_once)),
-            )
+            )  # fmt: skip
         save_trajectories(shown, folder, plan, metadata=env.metadata)
     PartialState().wait_for_everyone()
     return load_trajectories(folder)
 
 
-def collect_rollouts(args: IPIArguments, policy: TokenPolicy, env: Any, plan: Any, folder: Path) -> None:
+def collect_rollouts(
+    args: IPIArguments, policy: TokenPolicy, env: Any, plan: Any, folder: Path, first_seed: int
+) -> None:
     """`rollouts_per_start` episodes from each of `preference_starts` initial states; an interrupted collection continues."""
     count = args.preference_starts * args.rollouts_per_start
     with tqdm(total=count, desc="rollouts", unit="episode") as bar:
         collect_dataset(
             env, lambda generator: policy_actor(policy, temperature=args.temperature, generator=generator), folder, plan,
-            episodes=count, episodes_per_seed=args.rollouts_per_start, first_seed=PREFERENCE_SEEDS, seed=args.seed,
+            episodes=count, episodes_per_seed=args.rollouts_per_start, first_seed=first_seed, seed=args.seed,
             settings={"temperature": args.temperature},
             on_open=lambda done: bar.update(min(done, count)), on_episode=lambda _: bar.update(),
         )  # fmt: skip
@@ -278,7 +284,7 @@ def save_phase(args: IPIArguments, phase: str, trainer: Any, env_steps: int, see
     wall_s = history[-1].get("train_runtime", 0.0)
     record = {"history": history, "env_steps": env_steps, "wall_s": wall_s, "seeds": sorted(set(seeds)), **more}
     if PartialState().is_main_process:
-        training_file(args, phase).write_text(json.dumps(record))
+        phase_records(args).write_training(phase, record)
     PartialState().wait_for_everyone()
 
 
@@ -286,35 +292,27 @@ def evaluate_phase(args: IPIArguments, phase: str, env: Any, plan: Any, **card: 
     """Evaluate the checkpoint, as it loads, on the held-out seeds, and write its card; the phase is then done."""
     if not PartialState().is_main_process:
         return
-    out, training = Path(args.output_dir), json.loads(training_file(args, phase).read_text())
+    out, records = Path(args.output_dir), phase_records(args)
+    training = records.training(phase)
+    seeds = range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes)
     result, episodes = evaluate(
-        load_policy(args, str(out / phase)),
-        env,
-        plan,
-        range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes),
-        temperature=args.temperature,
-        seed=args.seed,
-        train_seeds=training["seeds"],
-    )
+        load_policy(args, str(out / phase)), env, plan, seeds,
+        temperature=args.temperature, seed=args.seed, train_seeds=training["seeds"],
+    )  # fmt: skip
     result = result.for_phase(checkpoint=phase, env_steps=training["env_steps"], wall_s=training["wall_s"])
     write_episodes(out / "evaluation" / f"{phase}.jsonl", episodes)
     write_model_card(
-        out / phase,
-        phase=phase,
-        result=result,
-        task=args.task,
-        visuals=env.metadata["visuals"],
-        **card,
+        out / phase, phase=phase, result=result, task=args.task, visuals=env.metadata["visuals"], **card,
         usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
-    )
+    )  # fmt: skip
     done = {"result": result.to_dict(), "history": training["history"], "pair_yield": training.get("pair_yield")}
-    phase_file(args, phase).write_text(json.dumps(done, indent=1))
+    records.write(phase, done)
 
 
 def film(args: IPIArguments, env: Any, plan: Any) -> None:
     """A success and a failure of every finished phase, at every step and in a larger picture."""
     videos = Path(args.output_dir) / "videos"
-    missing = [p for p in PHASES if phase_file(args, p).exists() and not list(videos.glob(f"{p}_*.mp4"))]
+    missing = [phase for phase in phase_records(args).done if not list(videos.glob(f"{phase}_*.mp4"))]
     if not missing or not PartialState().is_main_process:
         return
     seeds = range(VIDEO_SEEDS, VIDEO_SEEDS + 32)
@@ -329,10 +327,7 @@ def report(args: IPIArguments, timing: dict[str, float]) -> None:
     """Write `results.json` and the report from the phases that are done."""
     if not PartialState().is_main_process:
         return
-    out = Path(args.output_dir)
-    done = {
-        phase: json.loads(phase_file(args, phase).read_text()) for phase in PHASES if phase_file(args, phase).exists()
-    }
+    out, done = Path(args.output_dir), phase_records(args).read()
     phases = {phase: record["result"] for phase, record in done.items()}
     visuals = next(iter(phases.values()))["metadata"]["visuals"]
     results = build_results(task=args.task, seed=args.seed, visuals=visuals, phases=phases)
@@ -342,7 +337,7 @@ def report(args: IPIArguments, timing: dict[str, float]) -> None:
         results,
         {phase: record["history"] for phase, record in done.items()},
         episodes={phase: read_episodes(out / "evaluation" / f"{phase}.jsonl") for phase in done},
-        pair_yield=done.get("preference", {}).get("pair_yield"),
+        pair_yields={phase: record["pair_yield"] for phase, record in done.items() if record["pair_yield"]},
         timing=timing,
         notes=[
             f"Command: `accelerate launch {shlex.join(sys.argv)}`; every setting is in `config.yaml`.",
@@ -367,26 +362,28 @@ def make(args: IPIArguments, chunk_size: int) -> Any:
     )
 
 
-def phase_file(args: IPIArguments, phase: str) -> Path:
-    """Written last: a phase that has it is done."""
-    return Path(args.output_dir) / "evaluation" / f"{phase}.json"
+def rounds(args: IPIArguments, phases: Sequence[str]) -> list[str]:
+    """`phases` with every round of preference. Example: with three of them `["preference"]` is `["preference", "preference-2", "preference-3"]`."""
+    turns = {"preference": range(1, args.preference_rounds + 1)}
+    return [in_round(phase, turn) for phase in phases for turn in turns.get(phase, (1,))]
 
 
-def training_file(args: IPIArguments, phase: str) -> Path:
-    """Written when the phase's checkpoint is complete: what remains is to evaluate it."""
-    return Path(args.output_dir) / "evaluation" / f"{phase}_training.json"
+def phase_records(args: IPIArguments) -> PhaseRecords:
+    """What the run has done so far."""
+    return PhaseRecords(Path(args.output_dir) / "evaluation", rounds(args, PHASES))
 
 
 def trainer_config(args: IPIArguments, phase: str) -> Any:
     """The trainer's own configuration, with what the pipeline decides."""
-    cls = {"imitation": StageSFTConfig, "preference": StageDPOConfig, "interaction": StagePPOConfig}[phase]
-    own = {name: as_number(value) for name, value in getattr(args, phase).items()}
+    kind, _ = phase_turn(phase)
+    cls = {"imitation": StageSFTConfig, "preference": StageDPOConfig, "interaction": StagePPOConfig}[kind]
+    own = {name: as_number(value) for name, value in getattr(args, kind).items()}
     given = {"report_to": "none", "seed": args.seed, "use_cpu": not torch.cuda.is_available(), **own}
     if "temperature" in own:
         raise ValueError(
-            f"`{phase}` must not have a temperature of its own, got {own['temperature']}. Use `temperature`."
+            f"`{kind}` must not have a temperature of its own, got {own['temperature']}. Use `temperature`."
         )
-    given |= {} if phase == "imitation" else {"temperature": args.temperature}
+    given |= {} if kind == "imitation" else {"temperature": args.temperature}
     return cls(output_dir=str(Path(args.output_dir) / phase / "training"), **given)
 
 

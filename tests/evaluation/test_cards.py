@@ -74,7 +74,9 @@ def test_no_placeholder_is_left(tmp_path):
 
 
 def test_bad_input_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must be one of imitation, preference, interaction, got 'sft'"):
+    with pytest.raises(
+        ValueError, match="must be among imitation, preference, interaction and rounds like preference-2, got 'sft'"
+    ):
         write(tmp_path, phase="sft")
     with pytest.raises(FileNotFoundError, match="Save the model first"):
         write(tmp_path / "missing")

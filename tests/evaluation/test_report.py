@@ -15,6 +15,7 @@ from trl_stare.evaluation import (
     write_report,
     write_results,
 )
+from trl_stare.evaluation.plots import _all_rounds
 from trl_stare.evaluation.report import format_seconds, format_seeds, markdown_table
 from trl_stare.stages import Segment
 
@@ -86,7 +87,10 @@ def test_results_that_lack_a_field_do_not_replace_the_file(tmp_path):
     with pytest.raises(ValueError, match="eval_seeds is missing"):
         write_results(path, results)
     results["phases"] = {"pretraining": {}}
-    with pytest.raises(ValueError, match="must be among imitation, preference, interaction, got 'pretraining'"):
+    with pytest.raises(
+        ValueError,
+        match="must be among imitation, preference, interaction and rounds like preference-2, got 'pretraining'",
+    ):
         write_results(path, results)
     assert path.read_text() == before
 
@@ -99,7 +103,7 @@ def test_the_report_says_what_was_measured(tmp_path):
         make_results(*SOLVED),
         HISTORIES,
         episodes=EPISODES,
-        pair_yield={"Reach": {"made": 4, "both_failed": 0}, "Grasp": {"made": 9, "both_failed": 2}},
+        pair_yields={"preference": {"Reach": {"made": 4, "both_failed": 0}, "Grasp": {"made": 9, "both_failed": 2}}},
         timing={"imitation": 240.0, "interaction": 800.0},
         notes=["Command: `make ipi`."],
     )
@@ -129,6 +133,41 @@ def test_a_run_that_only_imitated_has_a_report(tmp_path):
     assert "## Videos" not in report and "## Preference pairs" not in report
 
 
+def test_rounds_are_reported_each(tmp_path):
+    """Two rounds of preference: a column, a row and a table of pairs each, and one learning curve through both."""
+    names = {
+        "interaction": "interaction",
+        "preference-2": "interaction",
+        "preference": "preference",
+        "imitation": "imitation",
+    }
+    one = make_results(*SOLVED)["phases"]
+    phases = {name: one[of] for name, of in names.items()}
+    results = build_results(task="StackCube-v1", seed=3, visuals="light", phases=phases)
+    assert list(results["phases"]) == ["imitation", "preference", "preference-2", "interaction"]
+    report = write_report(
+        tmp_path,
+        results,
+        {name: HISTORIES[name] for name in SOLVED} | {"preference-2": HISTORIES["preference"]},
+        episodes={name: EPISODES[of] for name, of in names.items()},
+        pair_yields={"preference": {"Reach": {"made": 4}}, "preference-2": {"Reach": {"made": 6}}},
+    ).read_text()
+    assert report.startswith("# StackCube-v1: imitation, preference, interaction\n")
+    assert [row[0] for row in table(report, "Success on held-out seeds")[1:]] == list(results["phases"])
+    assert [row[:2] for row in table(report, "Compared in pairs")[1:]] == [
+        ["preference against imitation", "+10.0 points"],
+        ["preference-2 against imitation", "+60.0 points"],
+        ["interaction against imitation", "+60.0 points"],
+    ]
+    assert table(report, "Preference pairs per stage, preference-2")[1] == ["Reach", "6"]
+    assert _all_rounds("preference", {"preference-2": HISTORIES["preference"], **HISTORIES}) == [
+        {"step": 5, "loss": 0.69, "rewards/accuracies": 0.5},
+        {"step": 9, "loss": 0.5, "rewards/accuracies": 0.8},
+        {"step": 14, "loss": 0.69, "rewards/accuracies": 0.5},
+        {"step": 18, "loss": 0.5, "rewards/accuracies": 0.8},
+    ]
+
+
 def test_phases_on_other_seeds_are_not_compared(tmp_path):
     episodes = EPISODES | {"interaction": make_episodes("interaction", first_seed=5)}
     report = write_report(tmp_path, make_results(*SOLVED), HISTORIES, episodes=episodes).read_text()
@@ -144,7 +183,7 @@ def test_the_picture_is_drawn_from_whatever_there_is(tmp_path, phases, histories
         assert picture.convert("L").getextrema() == (0, 255)
 
 
-@pytest.mark.parametrize(("phases", "message"), [({}, "at least one phase"), ({"sft": {}}, "got sft")])
+@pytest.mark.parametrize(("phases", "message"), [({}, "at least one phase"), ({"sft": {}}, "got 'sft'")])
 def test_a_picture_of_nothing_is_refused(tmp_path, phases, message):
     with pytest.raises(ValueError, match=message):
         plot_report({"task": "StackCube-v1", "phases": phases}, {}, tmp_path / "report.png")

@@ -13,10 +13,11 @@ from trl_stare import TokenPolicy
 from trl_stare.data import load_pairs, load_trajectories
 
 ROOT = Path(__file__).parents[2]
+PHASES = ["imitation", "preference", "preference-2", "interaction"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "recipes/ipi.py"]  # fmt: skip
 SMALL = {
-    "task": "PushCube-v1", "num_demonstrations": 24, "preference_starts": 6, "rollouts_per_start": 4, "min_cost_gap": 0,
+    "task": "PushCube-v1", "num_demonstrations": 24, "preference_rounds": 2, "preference_starts": 6, "rollouts_per_start": 4, "min_cost_gap": 0,
     "eval_episodes": 8, "num_envs": 4,
     # a task, and as much imitation as it takes, in which some rollouts reach the cube: without any there are no pairs
     "image_size": 32, "imitation.max_steps": 400, "imitation.learning_rate": "1e-3", "imitation.per_device_train_batch_size": 16,
@@ -47,18 +48,18 @@ def test_results_say_what_was_measured(finished):
     results = json.loads((finished / "results.json").read_text())
     assert list(results) == ["task", "seed", "versions", "visuals", "phases"]
     assert results["task"] == "PushCube-v1" and results["visuals"] == "light" and results["versions"]["trl"]
-    assert list(results["phases"]) == ["imitation", "preference", "interaction"]
+    assert list(results["phases"]) == PHASES
     for phase in results["phases"].values():
         low, high = phase["success_once_ci95"]
         assert low <= phase["success_once"] <= high and phase["n_episodes"] == 8 == len(phase["eval_seeds"])
         assert list(phase["stage_success"]) == ["Reach", "Push"]
         assert phase["env_steps"] > 0 and phase["wall_s"] > 0
     seeds = [phase["eval_seeds"] for phase in results["phases"].values()]
-    assert seeds[0] == seeds[1] == seeds[2]
+    assert all(of_phase == seeds[0] for of_phase in seeds)
 
 
 def test_checkpoints_load_and_have_cards(finished):
-    for phase in ("imitation", "preference", "interaction"):
+    for phase in PHASES:
         policy = TokenPolicy.from_pretrained(finished / phase)
         assert (policy.chunk_size, policy.action_dim) == (4, 7)
         assert "robotics" in (finished / phase / "README.md").read_text()
@@ -68,14 +69,24 @@ def test_checkpoints_load_and_have_cards(finished):
 def test_data_report_and_videos_are_there(finished):
     demonstrations = load_trajectories(finished / "data" / "demonstrations")
     assert len(demonstrations) == 24 and all(demonstration.success_once for demonstration in demonstrations)
-    assert len(load_trajectories(finished / "data" / "rollouts")) == 24
-    assert len(load_pairs(finished / "data" / "pairs")) > 0
+    for folder in (finished / "data" / "rollouts", finished / "data" / "rollouts-2"):
+        assert len(load_trajectories(folder)) == 24
+    for folder in (finished / "data" / "pairs", finished / "data" / "pairs-2"):
+        assert len(load_pairs(folder)) > 0
     report = (finished / "report.md").read_text()
     assert "Interaction" in report.title() and (finished / "report.png").stat().st_size > 10_000
     assert (finished / "config.yaml").is_file()
-    assert {video.name.split("_")[0] for video in (finished / "videos").glob("*.mp4")} == {
-        "imitation", "preference", "interaction"
-    }  # fmt: skip
+    assert {video.name.split("_")[0] for video in (finished / "videos").glob("*.mp4")} == {*PHASES}
+
+
+def test_each_round_goes_on_from_the_one_before_on_rollouts_of_its_own(finished):
+    first, second = (load_trajectories(finished / "data" / name) for name in ("rollouts", "rollouts-2"))
+    assert {rollout.seed for rollout in first} == {*range(200_000, 200_006)}
+    assert {rollout.seed for rollout in second} == {*range(200_006, 200_012)}
+    for phase, before in zip(PHASES[1:], PHASES[:-1], strict=True):
+        assert f"{finished / before}" in (finished / phase / "README.md").read_text()
+        trained, start = (TokenPolicy.from_pretrained(finished / name).model.state_dict() for name in (phase, before))
+        assert any(not trained[name].equal(start[name]) for name in start)
 
 
 def test_a_second_run_continues_and_makes_nothing_twice(finished):
@@ -118,6 +129,7 @@ def parse(recipe):
         ({"--interaction.gamma": 2}, r"`gamma` must be in \[0, 1\], got 2"),
         ({"--preference.temperature": 0.5}, "`preference` must not have a temperature of its own, got 0.5"),
         ({"--num_demonstrations": 0}, "`num_demonstrations` must be at least 1"),
+        ({"--preference_rounds": 0}, "`preference_rounds` must be at least 1"),
         ({"--rollouts_per_start": 1}, "at least 2 to compare"),
         ({"--phases": "preference,imitation"}, "in this order"),
         ({"--phases": "preference"}, "`init_checkpoint` must be given"),

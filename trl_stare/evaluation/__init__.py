@@ -15,10 +15,11 @@ from trl_stare.evaluation.eval_info import (
 from trl_stare.evaluation.evaluate import evaluate
 from trl_stare.evaluation.inspection import inspect, plot_timelines
 from trl_stare.evaluation.page import Evaluation, html_page, markdown_page
+from trl_stare.evaluation.phases import PHASES, PhaseRecords, in_round, phase_order, phase_turn
 from trl_stare.evaluation.played import PlayedEpisode, read_played, write_played
 from trl_stare.evaluation.plots import plot_report
 from trl_stare.evaluation.provenance import PolicySource, file_digests, resolve_policy
-from trl_stare.evaluation.records import PHASES, EpisodeResult, PhaseResult, paired, read_episodes, write_episodes
+from trl_stare.evaluation.records import EpisodeResult, PhaseResult, paired, read_episodes, write_episodes
 from trl_stare.evaluation.report import build_results, package_versions, read_results, write_report, write_results
 from trl_stare.evaluation.robustness import (
     measure_robustness,
@@ -54,6 +55,7 @@ __all__ = [
     "PLAIN_PPO",
     "Evaluation",
     "html_page",
+    "in_round",
     "markdown_page",
     "CONDITIONS",
     "PHASES",
@@ -63,6 +65,7 @@ __all__ = [
     "Difference",
     "EpisodeResult",
     "McNemar",
+    "PhaseRecords",
     "PhaseResult",
     "PlayedEpisode",
     "PolicySource",
@@ -93,6 +96,8 @@ __all__ = [
     "package_versions",
     "paired",
     "paired_difference",
+    "phase_order",
+    "phase_turn",
     "play_in_blocks",
     "plot_report",
     "plot_timelines",

@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
 from trl_stare.data.cards import card_template
-from trl_stare.evaluation.records import PHASES, PhaseResult
+from trl_stare.evaluation.phases import phase_turn
+from trl_stare.evaluation.records import PhaseResult
 from trl_stare.evaluation.report import format_seconds, format_seeds, markdown_table, package_versions, stage_cells
 from trl_stare.evaluation.statistics import format_rate
 
@@ -46,7 +47,7 @@ def write_model_card(
 
     Args:
         folder (`str`): the checkpoint's folder; must exist.
-        phase (`str`): one of `PHASES`.
+        phase (`str`): one of `PHASES`, or a later round like `preference-2`.
         result (`PhaseResult` or `Mapping`): its evaluation, or that phase of `results.json`.
         task (`str`): registered task name.
         usage (`str`): Python lines that load the checkpoint.
@@ -64,7 +65,8 @@ def write_model_card(
         ValueError: for an unknown phase.
         FileNotFoundError: if `folder` does not exist.
     """
-    folder = _check_checkpoint(folder, phase)
+    kind, _ = phase_turn(phase)
+    folder = _check_checkpoint(folder)
     evaluation = result.to_dict() if isinstance(result, PhaseResult) else result
     model_name = model_name or f"{task}-{phase}"
     card = ModelCard.from_template(
@@ -73,7 +75,7 @@ def write_model_card(
         model_name=model_name,
         task=task,
         phase=phase,
-        method=method or METHODS[phase],
+        method=method or METHODS[kind],
         usage=usage.strip(),
         visuals=visuals,
         started_from=started_from,
@@ -89,9 +91,7 @@ def write_model_card(
     return path
 
 
-def _check_checkpoint(folder: str | os.PathLike, phase: str) -> Path:
-    if phase not in METHODS:
-        raise ValueError(f"`phase` must be one of {', '.join(PHASES)}, got {phase!r}.")
+def _check_checkpoint(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from trl_stare.evaluation.records import PHASES
+from trl_stare.evaluation.phases import PHASES, phase_order, phase_turn
 from trl_stare.evaluation.statistics import Proportion
 
 COLORS = {"imitation": "#0072B2", "preference": "#E69F00", "interaction": "#009E73"}
@@ -25,7 +26,7 @@ History = Sequence[Mapping[str, Any]]
 def plot_report(
     results: Mapping[str, Any], histories: Mapping[str, History], path: str | os.PathLike, *, title: str | None = None
 ) -> None:
-    """Draw `report.png`: success per phase, share of episodes past each stage, and one learning curve per phase.
+    """Draw `report.png`: success per phase, share of episodes past each stage, and one learning curve per phase, through all its rounds.
 
     Args:
         results (`Mapping`): the content of `results.json`.
@@ -36,28 +37,27 @@ def plot_report(
         title (`str`, *optional*): heading; the task and its phases by default.
 
     Raises:
-        ValueError: if `results` holds no phase, or one that is not among `PHASES`.
+        ValueError: if `results` holds no phase, or one that is not among `PHASES` or a later round of one.
     """
     phases = results["phases"]
     if not phases:
         raise ValueError('`results["phases"]` must hold at least one phase, got none. Evaluate a checkpoint first.')
-    if unknown := set(phases) - set(PHASES):
-        raise ValueError(f'`results["phases"]` must be among {", ".join(PHASES)}, got {", ".join(sorted(unknown))}.')
+    names = sorted(phases, key=phase_order)
+    kinds = dict.fromkeys(phase_turn(name)[0] for name in names)
 
     figure = Figure(figsize=(7, 11), layout="constrained")
     figure.get_layout_engine().set(hspace=0.04, wspace=0.04)
     panels = figure.subplot_mosaic([["success"] * 2, ["funnel"] * 2, ["imitation", "preference"], ["interaction"] * 2])
-    figure.suptitle(title or f"{results['task']}: {', '.join(phases)}", fontsize=14, weight="bold")
-    _plot_success(panels["success"], phases)
-    _plot_funnel(panels["funnel"], phases)
+    figure.suptitle(title or f"{results['task']}: {', '.join(kinds)}", fontsize=14, weight="bold")
+    _plot_success(panels["success"], names, phases)
+    _plot_funnel(panels["funnel"], names, phases)
     curves: dict[str, Callable[[Axes, History], None]] = {
         "imitation": _plot_imitation,
         "preference": _plot_preference,
         "interaction": _plot_interaction,
     }
     for phase, plot in curves.items():
-        history = histories.get(phase, ())
-        if history:
+        if history := _all_rounds(phase, histories):
             plot(panels[phase], history)
         else:
             _say(panels[phase], f"{phase}: not trained in this run")
@@ -69,22 +69,35 @@ def plot_report(
     figure.savefig(path, dpi=130)
 
 
-def _plot_success(panel: Axes, phases: Mapping[str, Any]) -> None:
+def _all_rounds(phase: str, histories: Mapping[str, History]) -> History:
+    """The histories of all its rounds as one, whose steps go on where those of the round before ended."""
+    rows: list[Mapping[str, Any]] = []
+    for name in sorted((name for name in histories if phase_turn(name)[0] == phase), key=phase_order):
+        done = max((row["step"] for row in rows), default=0)
+        rows += [{**row, "step": done + row["step"]} for row in histories[name]]
+    return rows
+
+
+def _color(name: str) -> tuple[float, ...]:
+    """That of the phase, each later round darker."""
+    phase, turn = phase_turn(name)
+    return tuple(0.75 ** (turn - 1) * part for part in to_rgb(COLORS[phase]))
+
+
+def _plot_success(panel: Axes, names: Sequence[str], phases: Mapping[str, Any]) -> None:
     """Both success rules per phase, with Wilson bars; `success_at_end` paler."""
-    names = [phase for phase in PHASES if phase in phases]
     for offset, rule, alpha in ((-0.2, "success_once", 1.0), (0.2, "success_at_end", 0.45)):
         for x, name in enumerate(names):
             rate, (low, high) = phases[name][rule], phases[name][f"{rule}_ci95"]
-            _bar(panel, x + offset, 0.38, rate, (low, high), COLORS[name], alpha=alpha)
+            _bar(panel, x + offset, 0.38, rate, (low, high), _color(name), alpha=alpha)
     panel.set_xticks(range(len(names)), [f"{name}\nn = {phases[name]['n_episodes']}" for name in names])
     panel.set_xlim(-0.6, len(names) - 0.4)
     _percent_axis(panel)
     panel.set_title("Success: once (full) and at the end (pale), Wilson 95 %", fontsize=11, loc="left")
 
 
-def _plot_funnel(panel: Axes, phases: Mapping[str, Any]) -> None:
+def _plot_funnel(panel: Axes, names: Sequence[str], phases: Mapping[str, Any]) -> None:
     """Share of all episodes that passed each stage, per phase."""
-    names = [phase for phase in PHASES if phase in phases]
     stages = list(phases[names[-1]]["stage_counts"])
     width = 0.84 / len(names)
     for i, name in enumerate(names):
@@ -93,12 +106,14 @@ def _plot_funnel(panel: Axes, phases: Mapping[str, Any]) -> None:
             share = Proportion(counts[stage][0], n)
             offset = (i - (len(names) - 1) / 2) * width
             label = name if x == 0 else None
-            _bar(panel, x + offset, 0.94 * width, share.rate, share.wilson(), COLORS[name], label=label)
+            _bar(panel, x + offset, 0.94 * width, share.rate, share.wilson(), _color(name), label=label)
     panel.set_xticks(range(len(stages)), stages)
     _percent_axis(panel)
     panel.set_title("Stage funnel: episodes past each stage", fontsize=11, loc="left")
     # Below the axis: inside, the legend would cover a tall bar.
-    panel.legend(fontsize=10, ncols=len(names), frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    panel.legend(
+        fontsize=10, ncols=min(len(names), len(PHASES)), frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1)
+    )
 
 
 def _plot_imitation(panel: Axes, history: History) -> None:

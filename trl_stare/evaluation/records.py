@@ -17,9 +17,6 @@ from trl_stare.data.trajectory import Trajectory
 from trl_stare.evaluation.statistics import Proportion
 from trl_stare.stages import Segment, StagePlan, segment, stage_success
 
-PHASES = ("imitation", "preference", "interaction")
-"""The phases of a run, in order."""
-
 
 @dataclass(frozen=True)
 class EpisodeResult:

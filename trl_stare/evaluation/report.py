@@ -11,8 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from trl_stare.evaluation.phases import PHASES, phase_order, phase_turn
 from trl_stare.evaluation.plots import History, plot_report
-from trl_stare.evaluation.records import PHASES, EpisodeResult, PhaseResult, paired, write_atomically
+from trl_stare.evaluation.records import EpisodeResult, PhaseResult, paired, write_atomically
 from trl_stare.evaluation.statistics import format_rate, mcnemar_exact
 
 PACKAGES = (
@@ -65,7 +66,7 @@ def build_results(
     *, task: str, seed: int, visuals: str, phases: Mapping[str, PhaseResult | Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The content of `results.json`. A phase may come as [`PhaseResult`], or as read from an earlier `results.json`."""
-    ordered = {name: phases[name] for name in sorted(phases, key=_order)}
+    ordered = {name: phases[name] for name in sorted(phases, key=phase_order)}
     return {
         "task": task,
         "seed": seed,
@@ -81,7 +82,7 @@ def write_results(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
     """Write `results.json`, all of it or nothing, so that it may be rewritten after every phase.
 
     Raises:
-        ValueError: if a field of the schema is missing, or a phase is not one of `PHASES`.
+        ValueError: if a field of the schema is missing, or a phase is not one of `PHASES` or a later round.
     """
     _check(results)
     write_atomically(path, compact_json(results) + "\n")
@@ -104,7 +105,7 @@ def write_report(
     histories: Mapping[str, History],
     *,
     episodes: Mapping[str, Sequence[EpisodeResult]],
-    pair_yield: Mapping[str, Mapping[str, int]] | None = None,
+    pair_yields: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None,
     timing: Mapping[str, float] | None = None,
     notes: Iterable[str] = (),
 ) -> Path:
@@ -115,8 +116,8 @@ def write_report(
         results (`Mapping`): the content of `results.json`.
         histories (`Mapping[str, History]`): phase -> `trainer.state.log_history` (see [`plot_report`]).
         episodes (`Mapping[str, Sequence[EpisodeResult]]`): phase -> its evaluation's rows, for the paired tests.
-        pair_yield (`Mapping[str, Mapping[str, int]]`, *optional*): stage name -> outcome -> how many
-            pairs of episodes (`PairSet.yield_table`).
+        pair_yields (`Mapping[str, Mapping[str, Mapping[str, int]]]`, *optional*): phase -> stage name -> outcome -> how many
+            pairs of episodes (`PairSet.yield_table`), of each round of preference.
         timing (`Mapping[str, float]`, *optional*): part of the run -> seconds.
         notes (`Iterable[str]`): sentences under "How it was produced": the command, the number of demonstrations and why.
 
@@ -131,14 +132,15 @@ def write_report(
     plot_report(results, histories, output_dir / "report.png")
     phases = results["phases"]
     sections = [
-        f"# {results['task']}: {', '.join(phases)}",
+        f"# {results['task']}: {', '.join(dict.fromkeys(phase_turn(name)[0] for name in phases))}",
         "![Success per phase, stage funnel and learning curves](report.png)",
         "## Success on held-out seeds\n\n" + _success_table(phases),
         "## Compared in pairs, on the same seeds\n\n" + _comparison_table(episodes),
         "## Stages\n\nP(stage | the one before it), passed / reached.\n\n" + _stage_table(phases),
     ]
-    if pair_yield:
-        sections.append("## Preference pairs per stage\n\n" + _yield_table(pair_yield))
+    for name, pair_yield in (pair_yields or {}).items():
+        of_round = "" if len(pair_yields) == 1 else f", {name}"
+        sections.append(f"## Preference pairs per stage{of_round}\n\n" + _yield_table(pair_yield))
     if timing:
         total = {"total": sum(timing.values())}
         rows = [(name, format_seconds(seconds)) for name, seconds in {**timing, **total}.items()]
@@ -205,7 +207,7 @@ def _success_table(phases: Mapping[str, Any]) -> str:
 def _comparison_table(episodes: Mapping[str, Sequence[EpisodeResult]]) -> str:
     """Each later phase against imitation; where that cannot be paired, the row says why."""
     rows = []
-    for after in PHASES[1:]:
+    for after in sorted({*PHASES[1:], *episodes} - {PHASES[0]}, key=phase_order):
         missing = [phase for phase in (PHASES[0], after) if phase not in episodes]
         if missing:
             rows.append((f"{after} against {PHASES[0]}", f"not evaluated: {', '.join(missing)}", "-", "-", "-"))
@@ -258,17 +260,10 @@ def _provenance(results: Mapping[str, Any], notes: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def _order(phase: str) -> int:
-    """Position of `phase` in a run."""
-    if phase not in PHASES:
-        raise ValueError(f"`phases` must be among {', '.join(PHASES)}, got {phase!r}.")
-    return PHASES.index(phase)
-
-
 def _check(results: Mapping[str, Any]) -> None:
     """Raise unless `results` follows the schema of `results.json`."""
     _check_fields("results", results, RESULT_FIELDS)
-    for name in sorted(results["phases"], key=_order):
+    for name in sorted(results["phases"], key=phase_order):
         _check_fields(f'results["phases"]["{name}"]', results["phases"][name], PHASE_FIELDS)
 
 
