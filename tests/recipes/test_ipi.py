@@ -17,8 +17,8 @@ PHASES = ["imitation", "preference", "preference-2", "interaction"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "recipes/ipi.py"]  # fmt: skip
 SMALL = {
-    "task": "PushCube-v1", "num_demonstrations": 24, "preference_rounds": 2, "preference_starts": 6, "rollouts_per_start": 4, "min_cost_gap": 0,
-    "eval_episodes": 8, "num_envs": 4,
+    "task": "PushCube-v1", "num_demonstrations": 24, "preference_rounds": 2, "preference_starts": 6,
+    "rollouts_per_start": 4, "min_cost_gap": 0, "eval_episodes": 8, "num_envs": 4,
     # a task, and as much imitation as it takes, in which some rollouts reach the cube: without any there are no pairs
     "image_size": 32, "imitation.max_steps": 400, "imitation.learning_rate": "1e-3", "imitation.per_device_train_batch_size": 16,
     "imitation.logging_steps": 50,
@@ -28,11 +28,11 @@ SMALL = {
 }  # fmt: skip
 
 
-def run(folder: Path, **changes) -> subprocess.CompletedProcess:
+def run(folder: Path, launch: list[str] = LAUNCH, **changes) -> subprocess.CompletedProcess:
     options = SMALL | {"output_dir": str(folder)} | {key.replace("__", "."): value for key, value in changes.items()}
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return subprocess.run(
-        [sys.executable, *LAUNCH, *flags], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=280
+        [sys.executable, *launch, *flags], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=280
     )
 
 
@@ -99,6 +99,25 @@ def test_a_second_run_continues_and_makes_nothing_twice(finished):
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     after = json.loads((finished / "results.json").read_text())["phases"]
     assert after["preference"] == before and "interaction" in after
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_leave_what_one_leaves(finished, tmp_path):
+    """One collects, evaluates and writes, both train: the same phases, starts and episodes, each phase from the one before."""
+    launch = [*LAUNCH[:2], "--config_file", "recipes/accelerate/cpu2.yaml", LAUNCH[-1]]
+    done = run(tmp_path / "run", launch, num_workers=1, imitation__per_device_train_batch_size=8,
+               preference__per_device_train_batch_size=2)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    alone, together = (json.loads((folder / "results.json").read_text()) for folder in (finished, tmp_path / "run"))
+    assert list(together["phases"]) == PHASES
+    for name, phase in together["phases"].items():
+        assert phase["eval_seeds"] == alone["phases"][name]["eval_seeds"] and phase["env_steps"] > 0
+    for name in ("rollouts", "rollouts-2"):
+        played, twice = (load_trajectories(folder / "data" / name) for folder in (finished, tmp_path / "run"))
+        assert [rollout.seed for rollout in twice] == [rollout.seed for rollout in played]
+    for phase, before in zip(PHASES[1:], PHASES[:-1], strict=True):
+        assert f"{tmp_path / 'run' / before}" in (tmp_path / "run" / phase / "README.md").read_text()
 
 
 def test_other_settings_in_the_same_folder_are_refused_before_any_work(finished):
