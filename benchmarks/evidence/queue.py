@@ -74,9 +74,10 @@ class Queue:
         temperature (`float`): sampling temperature of rollouts and evaluation.
         num_envs (`int`): environments, over all worker processes.
         window (`int`): iterations over which the success of rollouts is averaged in learning curves.
+        levels (`tuple[float, ...]`): success in rollouts, in (0, 1], whose cost in environment steps is told.
 
     Raises:
-        ValueError: if arms share a name, or a comparison names none or has other training seeds on its two sides.
+        ValueError: if arms share a name, a comparison names none or has other training seeds on its two sides, or a level is no rate.
     """
 
     task: str
@@ -86,6 +87,7 @@ class Queue:
     temperature: float = 1.0
     num_envs: int = 16
     window: int = 2
+    levels: tuple[float, ...] = (0.5, 0.8)
 
     def __post_init__(self):
         arms = {arm.name: arm for arm in self.arms}
@@ -97,6 +99,8 @@ class Queue:
         for name in ("eval_episodes", "num_envs", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not all(0 < level <= 1 for level in self.levels):
+            raise ValueError(f"`levels` must be rates in (0, 1], got {[*self.levels]}. Write 50 % as 0.5.")
 
     @property
     def runs(self) -> list[tuple[int, Arm]]:
@@ -122,7 +126,8 @@ def read_queue(path: Path, task: str | None = None) -> Queue:
     arms = tuple(_arm(name, settings or {}, shared) for name, settings in given.pop("arms").items())
     _refuse_unknown(path, given, [part.name for part in fields(Queue)])
     compare = tuple(tuple(pair) for pair in given.pop("compare", ()))
-    return Queue(arms=arms, compare=compare, **given)
+    levels = {"levels": tuple(given.pop("levels"))} if "levels" in given else {}
+    return Queue(arms=arms, compare=compare, **levels, **given)
 
 
 def _arm(name: str, settings: Mapping[str, Any], shared: Mapping[str, Any]) -> Arm:

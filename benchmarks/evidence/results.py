@@ -24,9 +24,6 @@ from trl_stare.evaluation import (
 from trl_stare.evaluation.report import markdown_table
 from trl_stare.stages import stage_success
 
-LEVELS = (0.5, 0.8)
-"""Success in rollouts whose cost in environment steps is told."""
-
 Episodes = Mapping[int, Sequence[EpisodeResult]]
 """Training seed -> evaluation."""
 
@@ -84,7 +81,7 @@ def _test(a: Episodes, b: Episodes, seeds: Sequence[int], outcome: Callable[[Epi
 
 def learning(queue: Queue, steps: Mapping[int, Sequence[Step]], first_stage: str) -> dict[str, Any]:
     """Training seed -> environment steps to train and to reach each level, and the curve; all empty for `sft`."""
-    found: dict[str, Any] = {"env_steps": {}, "curves": {}, "reach": {f"{level:.0%}": {} for level in LEVELS}}
+    found: dict[str, Any] = {"env_steps": {}, "curves": {}, "reach": {f"{level:.0%}": {} for level in queue.levels}}
     for seed, done in steps.items():
         found["env_steps"][seed] = sum(step.env_steps for step in done)
         if not done or done[-1].ledger is None:
@@ -92,7 +89,7 @@ def learning(queue: Queue, steps: Mapping[int, Sequence[Step]], first_stage: str
         before = sum(step.env_steps for step in done[:-1])
         curve = learning_curve(done[-1].ledger, first_stage, steps_before=before)
         found["curves"][seed] = moving_success(curve, queue.window)
-        for level in LEVELS:
+        for level in queue.levels:
             found["reach"][f"{level:.0%}"][seed] = steps_to_reach(curve, level, queue.window)
     return found
 
@@ -138,10 +135,11 @@ def build_results(
 def markdown(results: Mapping[str, Any]) -> str:
     """The tables a reader sees."""
     queue, rows = results["queue"], results["starts"] | results["arms"]
+    levels = [f"{level:.0%}" for level in queue["levels"]]
     parts = [
         f"# {queue['task']}",
         f"Each checkpoint on the held-out seeds 0 to {queue['eval_episodes'] - 1}, sampled at temperature {queue['temperature']:g}; "
-        "success at any step, Wilson 95 % intervals over the episodes of all training seeds. Environment steps to 50 and 80 % success: "
+        "success at any step, Wilson 95 % intervals over the episodes of all training seeds. Environment steps to a level of success: "
         f"over the last {queue['window']} rollouts, one value a training seed, - where it was not reached.",
         markdown_table(
             (
@@ -149,11 +147,10 @@ def markdown(results: Mapping[str, Any]) -> str:
                 "n",
                 "success",
                 "per training seed, %",
-                "to 50 %, 1000 steps",
-                "to 80 %, 1000 steps",
+                *(f"to {level.replace('%', ' %')}, 1000 steps" for level in levels),
                 "1000 steps in all",
             ),
-            [_success_cells(name, row) for name, row in rows.items()],
+            [_success_cells(name, row, levels) for name, row in rows.items()],
         ),
         "Of all episodes, how many passed each stage:",
         markdown_table(
@@ -176,14 +173,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _success_cells(name: str, row: Mapping[str, Any]) -> tuple[Any, ...]:
+def _success_cells(name: str, row: Mapping[str, Any], levels: Sequence[str]) -> tuple[Any, ...]:
     reach = row.get("reach", {})
     return (
         name,
         row["n_episodes"],
         format_rate(row["success_once"], row["success_once_ci95"]),
         ", ".join(f"{100 * rate:.1f}" for rate in row["success_once_per_seed"].values()),
-        *(_thousands(reach.get(f"{level:.0%}", {}).values()) for level in LEVELS),
+        *(_thousands(reach.get(level, {}).values()) for level in levels),
         _thousands(row.get("env_steps", {}).values()),
     )
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.evidence.curves import Point, learning_curve, moving_success, plot, steps_to_reach  # noqa: E402
 from benchmarks.evidence.queue import Queue, read_queue  # noqa: E402
-from benchmarks.evidence.results import build_results, markdown  # noqa: E402
+from benchmarks.evidence.results import build_results, learning, markdown  # noqa: E402
 from benchmarks.evidence.runs import Step, run_step, steps_of  # noqa: E402
 from benchmarks.preference_learning import parse  # noqa: E402
 from trl_stare import get_plan  # noqa: E402
@@ -64,6 +64,7 @@ arms:
         ("{task: T, start: s, seeds: [0], arms: {ppo: {rounds: 2}}}", "1 for a method without preferences, got 2"),
         ("{task: T, start: s, seeds: [0], compare: [[ppo, x]], arms: {ppo: }}", r"pairs of ppo, got \['ppo', 'x'\]"),
         ("{task: T, start: s, seeds: [0], eval_episodes: 0, arms: {ppo: }}", "`eval_episodes` must be at least 1"),
+        ("{task: T, start: s, seeds: [0], levels: [50], arms: {ppo: }}", r"`levels` must be rates in .*got \[50\]"),
     ],
 )
 def test_what_makes_no_queue_is_refused(tmp_path, text, message):
@@ -173,6 +174,21 @@ def evaluations(*passed: str) -> dict[int, list[EpisodeResult]]:
     return {seed: [episode(i, int(digit)) for i, digit in enumerate(digits)] for seed, digits in enumerate(passed)}
 
 
+def test_the_levels_whose_cost_is_told_are_the_queues(tmp_path):
+    """Two rollouts of ten episodes of 100 steps: one succeeds in the first, two in the second."""
+    queue = read_queue(
+        write(
+            tmp_path,
+            "{task: StackCube-v1, start: weak, seeds: [0], window: 1, levels: [0.1, 0.2, 0.3], arms: {ppo: }}",
+        )
+    )
+    (step,) = steps_of(queue, queue.arms[0], 0, Path("/start"), tmp_path)
+    step.ledger.parent.mkdir(parents=True)
+    solved = [*(i == 0 for i in range(10)), *(i < 2 for i in range(10))]
+    ledger(step.ledger, [(1 + i // 10, 100, level, "Reach") for i, level in enumerate(solved)])
+    assert learning(queue, {0: [step]}, "Reach")["reach"] == {"10%": {0: 1000}, "20%": {0: 2000}, "30%": {0: None}}
+
+
 @pytest.fixture
 def results(tmp_path):
     text = "{task: StackCube-v1, start: weak, seeds: [0, 1], compare: [[ppo, sta-ppo]], arms: {ppo: , sta-ppo: }}"
@@ -221,6 +237,7 @@ def test_the_table_and_the_picture(results, tmp_path):
     assert "| sta-ppo | 8 | 7 | 7 | 7 | Grasp (12 % of episodes) |" in text
     assert "| weak -> sta-ppo | 8 | +75.0 " in text and "| +100.0, +50.0 [-242.7, +392.7] | 6, 0 |" in text
     assert "| ppo -> sta-ppo | 8 | +50.0 " in text and "p = 0.25 |" in text and "Not finished" not in text
+    assert "| to 50 %, 1000 steps | to 80 %, 1000 steps | 1000 steps in all |" in text
     plot(tmp_path / "results.png", json.loads(json.dumps(results)))
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
