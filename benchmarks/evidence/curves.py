@@ -84,7 +84,8 @@ def plot(path: Path, results: Mapping[str, Any]) -> None:
     for color, (name, arm) in zip(COLORS, arms.items(), strict=False):
         _plot_curves(left, name, arm, color)
     left.set(xlabel="environment steps", ylabel=f"success in the last {results['queue']['window']} rollouts, %")
-    left.set_ylim(0, 100)
+    left.set_ylim(0, min(100, left.get_ylim()[1]))
+    left.xaxis.set_major_formatter(lambda steps, _: f"{steps / 1000:g}k")
     left.set_title("Thin: a training seed; thick: all, 95 % interval; points: evaluation", fontsize=9, loc="left")
     if arms:
         left.legend(frameon=False, fontsize=9)
