@@ -126,8 +126,8 @@ def read_queue(path: Path, task: str | None = None) -> Queue:
     arms = tuple(_arm(name, settings or {}, shared) for name, settings in given.pop("arms").items())
     _refuse_unknown(path, given, [part.name for part in fields(Queue)])
     compare = tuple(tuple(pair) for pair in given.pop("compare", ()))
-    levels = {"levels": tuple(given.pop("levels"))} if "levels" in given else {}
-    return Queue(arms=arms, compare=compare, **levels, **given)
+    levels = tuple(given.pop("levels", Queue.levels))
+    return Queue(arms=arms, compare=compare, levels=levels, **given)
 
 
 def _arm(name: str, settings: Mapping[str, Any], shared: Mapping[str, Any]) -> Arm:

@@ -43,12 +43,11 @@ def plot_report(
     if not phases:
         raise ValueError('`results["phases"]` must hold at least one phase, got none. Evaluate a checkpoint first.')
     names = sorted(phases, key=phase_order)
-    kinds = dict.fromkeys(phase_turn(name)[0] for name in names)
 
     figure = Figure(figsize=(7, 11), layout="constrained")
     figure.get_layout_engine().set(hspace=0.04, wspace=0.04)
     panels = figure.subplot_mosaic([["success"] * 2, ["funnel"] * 2, ["imitation", "preference"], ["interaction"] * 2])
-    figure.suptitle(title or f"{results['task']}: {', '.join(kinds)}", fontsize=14, weight="bold")
+    figure.suptitle(title or run_title(results), fontsize=14, weight="bold")
     _plot_success(panels["success"], names, phases)
     _plot_funnel(panels["funnel"], names, phases)
     curves: dict[str, Callable[[Axes, History], None]] = {
@@ -67,6 +66,12 @@ def plot_report(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def run_title(results: Mapping[str, Any]) -> str:
+    """The task and the phases of a run, whose rounds are not told apart. Example: `"StackCube-v1: imitation, preference"`."""
+    kinds = dict.fromkeys(phase_turn(name)[0] for name in sorted(results["phases"], key=phase_order))
+    return f"{results['task']}: {', '.join(kinds)}"
 
 
 def _all_rounds(phase: str, histories: Mapping[str, History]) -> History:

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from trl_stare.evaluation.phases import PHASES, phase_order, phase_turn
-from trl_stare.evaluation.plots import History, plot_report
+from trl_stare.evaluation.phases import PHASES, phase_order
+from trl_stare.evaluation.plots import History, plot_report, run_title
 from trl_stare.evaluation.records import EpisodeResult, PhaseResult, paired, write_atomically
 from trl_stare.evaluation.statistics import format_rate, mcnemar_exact
 
@@ -132,7 +132,7 @@ def write_report(
     plot_report(results, histories, output_dir / "report.png")
     phases = results["phases"]
     sections = [
-        f"# {results['task']}: {', '.join(dict.fromkeys(phase_turn(name)[0] for name in phases))}",
+        f"# {run_title(results)}",
         "![Success per phase, stage funnel and learning curves](report.png)",
         "## Success on held-out seeds\n\n" + _success_table(phases),
         "## Compared in pairs, on the same seeds\n\n" + _comparison_table(episodes),
