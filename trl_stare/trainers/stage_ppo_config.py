@@ -81,8 +81,8 @@ class StagePPOConfig(_BaseConfig):
             Weight of the KL to the reference, the policy as it is when the trainer is made (PEFT: the adapter off). 0 keeps none.
         advantage_norm (`str`, defaults to `"rollout"`):
             Over what advantages are brought to mean 0 and standard deviation 1: the `"rollout"`, or each `"stage"` of it alone,
-            so that a stage in which little is at stake learns as much as the others. Where success is rare `"stage"` was worth seven
-            points of StA-PPO's (docs/results.md, "Interaction from the same start").
+            so that a stage in which little is at stake learns as much as the others. Where success was rare, `"stage"` added seven
+            points to StA-PPO's success (docs/results.md, "Interaction from the same start").
         value_learning_rate (`float`, defaults to `1e-3`):
             Learning rate of the critic.
         critic (`str`, defaults to `"privileged"`):
