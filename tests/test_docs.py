@@ -36,5 +36,7 @@ def test_links_lead_somewhere(page):
 
 def test_a_missing_file_or_section_is_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# Where `it` is rare\n\n[a](#where-it-is-rare) [b](#elsewhere) [c](gone.md) [d](https://example.org/x#y)\n")
+    page.write_text(
+        "# Where `it` is rare\n\n[a](#where-it-is-rare) [b](#elsewhere) [c](gone.md) [d](https://example.org/x#y)\n"
+    )
     assert broken_links(page) == ["#elsewhere", "gone.md"]
