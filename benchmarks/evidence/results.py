@@ -79,9 +79,14 @@ def _test(a: Episodes, b: Episodes, seeds: Sequence[int], outcome: Callable[[Epi
     return {"n": len(first), "difference": value, "difference_ci95": [low, high], **test._asdict()}
 
 
+def level_name(level: float) -> str:
+    """What a level of success is called in the results: 0.5 is `"50%"`, 0.005 `"0.5%"`."""
+    return f"{100 * level:g}%"
+
+
 def learning(queue: Queue, steps: Mapping[int, Sequence[Step]], first_stage: str) -> dict[str, Any]:
     """Training seed -> environment steps to train and to reach each level, and the curve; all empty for `sft`."""
-    found: dict[str, Any] = {"env_steps": {}, "curves": {}, "reach": {f"{level:.0%}": {} for level in queue.levels}}
+    found: dict[str, Any] = {"env_steps": {}, "curves": {}, "reach": {level_name(level): {} for level in queue.levels}}
     for seed, done in steps.items():
         found["env_steps"][seed] = sum(step.env_steps for step in done)
         if not done or done[-1].ledger is None:
@@ -90,7 +95,7 @@ def learning(queue: Queue, steps: Mapping[int, Sequence[Step]], first_stage: str
         curve = learning_curve(done[-1].ledger, first_stage, steps_before=before)
         found["curves"][seed] = moving_success(curve, queue.window)
         for level in queue.levels:
-            found["reach"][f"{level:.0%}"][seed] = steps_to_reach(curve, level, queue.window)
+            found["reach"][level_name(level)][seed] = steps_to_reach(curve, level, queue.window)
     return found
 
 
@@ -135,7 +140,7 @@ def build_results(
 def markdown(results: Mapping[str, Any]) -> str:
     """The tables a reader sees."""
     queue, rows = results["queue"], results["starts"] | results["arms"]
-    levels = [f"{level:.0%}" for level in queue["levels"]]
+    levels = [level_name(level) for level in queue["levels"]]
     parts = [
         f"# {queue['task']}",
         f"Each checkpoint on the held-out seeds 0 to {queue['eval_episodes'] - 1}, sampled at temperature {queue['temperature']:g}; "

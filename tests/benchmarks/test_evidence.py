@@ -179,14 +179,19 @@ def test_the_levels_whose_cost_is_told_are_the_queues(tmp_path):
     queue = read_queue(
         write(
             tmp_path,
-            "{task: StackCube-v1, start: weak, seeds: [0], window: 1, levels: [0.1, 0.2, 0.3], arms: {ppo: }}",
+            "{task: StackCube-v1, start: weak, seeds: [0], window: 1, levels: [0.1, 0.2, 0.3, 0.304], arms: {ppo: }}",
         )
     )
     (step,) = steps_of(queue, queue.arms[0], 0, Path("/start"), tmp_path)
     step.ledger.parent.mkdir(parents=True)
     solved = [*(i == 0 for i in range(10)), *(i < 2 for i in range(10))]
     ledger(step.ledger, [(1 + i // 10, 100, level, "Reach") for i, level in enumerate(solved)])
-    assert learning(queue, {0: [step]}, "Reach")["reach"] == {"10%": {0: 1000}, "20%": {0: 2000}, "30%": {0: None}}
+    assert learning(queue, {0: [step]}, "Reach")["reach"] == {
+        "10%": {0: 1000},
+        "20%": {0: 2000},
+        "30%": {0: None},
+        "30.4%": {0: None},
+    }
 
 
 @pytest.fixture
