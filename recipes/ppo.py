@@ -63,7 +63,10 @@ class PPOArguments:
     task: str = field(default="StackCube-v1", metadata={"help": "A registered task."})
     task_module: str | None = field(default=None, metadata={"help": "Module or .py file of your own task."})
     preset: str | None = field(
-        default=None, metadata={"help": "Named settings below the file and the flags: 'rl4vla-7b' or 'small-cpu'."}
+        default=None,
+        metadata={
+            "help": "Named settings below the file and the flags: 'rl4vla-7b', 'small-cpu', or 'small-cpu-rare' where hardly an episode succeeds yet."
+        },
     )
     unnorm_key: str | None = field(
         default=None, metadata={"help": "Which of the checkpoint's statistics; not needed where there is one."}

@@ -20,6 +20,7 @@ from benchmarks.preference_learning import parse  # noqa: E402
 from trl_stare import get_plan  # noqa: E402
 from trl_stare.evaluation import EpisodeResult  # noqa: E402
 from trl_stare.stages import Segment  # noqa: E402
+from trl_stare.trainers.presets import PPO_PRESETS  # noqa: E402
 
 CONFIGS = sorted((ROOT / "recipes" / "configs" / "evidence").glob("*.yaml"))
 SMOKE = ROOT / "recipes" / "configs" / "evidence" / "smoke.yaml"
@@ -89,6 +90,16 @@ def test_committed_queues_give_flags_that_preference_learning_takes(path, tmp_pa
                 assert {**arm.preference, "seed": 0} == {
                     name: (vars(args) | vars(config))[name] for name in (*arm.preference, "seed")
                 }
+
+
+@pytest.mark.parametrize("name", ["ppo_rare_hot", "ppo_never_hot"])
+def test_the_preset_for_rare_success_is_what_was_measured(name):
+    queue = read_queue(SMOKE.with_name(f"{name}.yaml"))
+    given = dict(next(arm for arm in queue.arms if arm.name == "stage-norm").ppo)
+    measured = PPO_PRESETS[given.pop("preset")] | given
+    for field in ("num_train_epochs", "logging_steps"):
+        del measured[field]
+    assert measured == PPO_PRESETS["small-cpu-rare"]
 
 
 def test_a_list_among_the_settings_reaches_the_script(tmp_path):

@@ -160,7 +160,9 @@ def test_presets_are_plain_configs(tmp_path):
         }
     config = StagePPOConfig.preset("rl4vla-7b", str(tmp_path), use_cpu=True)
     assert config.updates_per_iteration == 32  # 64 x 80 decisions, 8 x 20 to an update
-    with pytest.raises(ValueError, match=r"`preset` must be one of \['rl4vla-7b', 'small-cpu'\], got 'big'"):
+    with pytest.raises(
+        ValueError, match=r"`preset` must be one of \['rl4vla-7b', 'small-cpu', 'small-cpu-rare'\], got 'big'"
+    ):
         StagePPOConfig.preset("big", str(tmp_path))
 
 

@@ -243,7 +243,8 @@ class StagePPOConfig(_BaseConfig):
         """The named settings, with `overrides` over them: a plain config, which can be printed and saved as any other.
 
         Args:
-            name (`str`): `"rl4vla-7b"`, RL4VLA's recipe for policies of 7B weights, or `"small-cpu"`.
+            name (`str`): `"rl4vla-7b"`, RL4VLA's recipe for policies of 7B weights; `"small-cpu"`, or `"small-cpu-rare"` where
+                hardly an episode succeeds yet.
             output_dir (`str`): as in any config. overrides: fields that differ, e.g. those of a YAML file.
 
         Raises:
