@@ -7,6 +7,7 @@ import torch
 from trl_stare.data import demonstrate
 from trl_stare.envs import get_simulated_task, make_env
 from trl_stare.envs.control import speed_up_control
+from trl_stare.envs.grasping import speed_up_grasping
 from trl_stare.envs.maniskill import Simulator, time_limit
 from trl_stare.stages import get_plan
 
@@ -55,7 +56,7 @@ def test_simplerenvs_own_settings(make_simulator, task, count, steps):
     assert time_limit(spec) == steps and env.control_freq == 5
     assert env.control_mode == spec.control_mode and env.agent.uid == spec.robot
     assert env.get_language_instruction() == [spec.instruction]
-    assert not speed_up_control(env)  # its shortcut is for another controller
+    assert speed_up_control(env) and speed_up_grasping(env)
 
 
 @pytest.mark.bridge_assets

@@ -33,26 +33,30 @@ def speed_up_control(env: Any) -> bool:
     if type(arm) is not PDEEPoseController or env.gpu_sim_enabled or env.num_envs != 1:
         return False
     config = arm.config
-    if config.frame != SUPPORTED_FRAME or not config.use_delta or config.use_target or config.interpolate:
+    if config.frame != SUPPORTED_FRAME or not config.use_delta or config.interpolate:
         return False
     arm.set_action = MethodType(_set_action, arm)
     return True
 
 
 def _set_action(self: Any, action: Tensor) -> None:
-    """`PDEEPoseController.set_action` for one scene: `[1, 6]` normalised delta pose -> joint targets."""
+    """`PDEEPoseController.set_action` for one scene: `[1, 6]` delta pose, normalised or in metres and radians -> joint targets."""
     import sapien
+    from mani_skill.utils.structs.pose import Pose
 
     values = np.asarray(action[0], dtype=np.float64)
-    low, high = np.float64(self.config.pos_lower), np.float64(self.config.pos_upper)
-    translation = 0.5 * (high + low) + 0.5 * (high - low) * values[:3].clip(-1, 1)
-    # scaled by `rot_lower`, as ManiSkill does: a positive action turns negatively
-    rotation = values[3:] / max(np.linalg.norm(values[3:]), 1.0) * self.config.rot_lower
+    translation, rotation = _scaled(values, self.config) if self.config.normalize_action else (values[:3], values[3:])
     self._step = 0
     self._start_qpos = self.qpos
-    hand = self.root_link._objs[0].pose.inv() * self.ee_link._objs[0].pose
+    if self.config.use_target:  # from where it was sent last, not from where it came
+        raw = self._target_pose.raw_pose[0].numpy()
+        hand = sapien.Pose(p=raw[:3], q=raw[3:])
+    else:
+        hand = self.root_link._objs[0].pose.inv() * self.ee_link._objs[0].pose
     turned = sapien.Pose(q=euler_to_quaternion(rotation)) * sapien.Pose(q=hand.q)
     target = sapien.Pose(p=hand.p + translation.astype(np.float32), q=turned.q)
+    if self.config.use_target:
+        self._target_pose = Pose.create(torch.from_numpy(np.concatenate([target.p, target.q]))[None])
     kinematics = self.kinematics
     joints = self.articulation._objs[0].qpos[_indices(kinematics.pmodel_active_joint_indices)]
     result, success, _ = kinematics.pmodel.compute_inverse_kinematics(
@@ -69,6 +73,14 @@ def _set_action(self: Any, action: Tensor) -> None:
         self._target_qpos = self._start_qpos
     for joint, value in zip(self.joints, self._target_qpos[0].numpy(), strict=True):
         joint._objs[0].set_drive_target(value)
+
+
+def _scaled(values: np.ndarray, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """`[6]` in [-1, 1] -> translation, metres, and rotation, radians, `[3]` each."""
+    low, high = np.float64(config.pos_lower), np.float64(config.pos_upper)
+    translation = 0.5 * (high + low) + 0.5 * (high - low) * values[:3].clip(-1, 1)
+    # scaled by `rot_lower`, as ManiSkill does: a positive action turns negatively
+    return translation, values[3:] / max(np.linalg.norm(values[3:]), 1.0) * config.rot_lower
 
 
 def euler_to_quaternion(angles: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The Panda's grasp test without its overhead on a CPU.
+"""The grasp test of the Panda and the WidowX without its overhead on a CPU.
 
-With one scene a quarter of an environment step goes into `Panda.is_grasping`: torch arithmetic on single vectors. Here the same
-test is evaluated with numpy on the scene's contacts, read once (tested against ManiSkill's own).
+With one scene a quarter of an environment step goes into `is_grasping`: torch arithmetic on single vectors. Here the same test is
+evaluated with numpy on the scene's contacts, read once (tested against ManiSkill's own).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 OPENING_AXIS = 1
-"""Fingers move along their own y axis (ManiSkill's `panda.py`, `is_grasping`)."""
+"""Fingers move along their own y axis (ManiSkill's `panda.py` and `widowx.py`, whose `is_grasping` are the same)."""
 
 
 def speed_up_grasping(env: Any) -> bool:
@@ -27,16 +27,17 @@ def speed_up_grasping(env: Any) -> bool:
     Returns:
         `bool`: whether its grasp test is the one that this module knows; others stay as they are.
     """
-    from mani_skill.agents.robots import Panda
+    from mani_skill.agents.robots import Panda, WidowX250S
 
-    if env.gpu_sim_enabled or env.num_envs != 1 or type(env.agent).is_grasping is not Panda.is_grasping:
+    known = (Panda.is_grasping, WidowX250S.is_grasping)
+    if env.gpu_sim_enabled or env.num_envs != 1 or getattr(type(env.agent), "is_grasping", None) not in known:
         return False
     env.agent.is_grasping = MethodType(_is_grasping, env.agent)
     return True
 
 
 def _is_grasping(self: Any, object: Any, min_force: float = 0.5, max_angle: float = 85) -> Tensor:
-    """`Panda.is_grasping` for one scene, `[1]` bool: both fingers press with `min_force` N, within `max_angle` degrees of the
+    """ManiSkill's `is_grasping` for one scene, `[1]` bool: both fingers press with `min_force` N, within `max_angle` degrees of the
     direction in which they open."""
     px, held = self.scene.px, object._bodies[0].entity
     contacts = [contact for contact in px.get_contacts() if held in (body.entity for body in contact.bodies)]
