@@ -11,7 +11,6 @@ from trl_stare.trainers.ppo_batch import (
     advantages_and_returns,
     decision_rewards,
     decision_stages,
-    group_weights,
     normalize_advantages,
 )
 from trl_stare.trainers.ppo_terms import ppo_terms
@@ -56,21 +55,6 @@ def test_normalisation_is_over_the_rows_of_all_processes():
     rows, groups = torch.randn(9, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 2
     alone = normalize_advantages(torch.cat([rows, rows]), torch.cat([groups, groups]), 2, lambda x: x)
     torch.testing.assert_close(normalize_advantages(rows, groups, 2, lambda x: 2 * x), alone[:9])
-
-
-@pytest.mark.parametrize(
-    "groups, num_groups, weights",
-    [
-        ([0, 0, 0, 0, 0, 0, 0, 0, 1, 1], 2, {0: (10 / 16) ** 0.5, 1: (10 / 4) ** 0.5}),
-        ([0, 2, 2, 2], 4, {0: 2**0.5, 2: (2 / 3) ** 0.5}),  # of stages 1 and 3 there is nothing
-        ([1, 1, 1], 2, {1: 1.0}),
-    ],
-)
-def test_the_weights_of_groups_by_hand(groups, num_groups, weights):
-    expected = torch.tensor([weights[group] for group in groups], dtype=torch.float64)
-    torch.testing.assert_close(group_weights(torch.tensor(groups), num_groups, lambda x: x), expected)
-    # a twin process with the same rows
-    torch.testing.assert_close(group_weights(torch.tensor(groups), num_groups, lambda x: 2 * x), expected)
 
 
 def test_the_stage_of_a_decision_is_that_of_the_moment_it_was_taken():

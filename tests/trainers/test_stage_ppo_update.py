@@ -110,17 +110,6 @@ def test_stages_can_be_normalised_apart(tmp_path):
         assert mine.mean().abs() < 1e-5 and mine.std(correction=0) == pytest.approx(1.0, abs=1e-3)
 
 
-def test_stages_can_have_as_much_of_the_squares_each(tmp_path):
-    trainer = make_trainer(tmp_path, advantage_norm="stage-equal")
-    trajectories = trainer.collect_rollout(0)
-    batch = trainer.make_batch(trajectories)
-    stages = decision_stages(trajectories, PLAN)
-    counts = stages.bincount()
-    assert len(counts) == 2 and counts[0] != counts[1]
-    of_stages = torch.zeros(2).index_add(0, stages, batch["advantages"].square())
-    torch.testing.assert_close(of_stages, torch.full((2,), len(stages) / 2), rtol=1e-3, atol=0)
-
-
 def test_accumulating_two_halves_is_one_update(tmp_path):
     """Episodes to the time limit, so that minibatches are of equal size and a mean of means is the mean. Plain gradient descent,
     because Adam makes a full step of a gradient that is nothing but rounding."""

@@ -160,17 +160,6 @@ def normalize_advantages(
     return (centred / (std[groups] + 1e-5)).to(advantages.dtype)
 
 
-def group_weights(groups: Tensor, num_groups: int, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """What gives every group as much of the sum of squares, however few rows it has: `sqrt(M / (K n_k))`, `[M]`.
-
-    `K` counts the groups that have rows, over all processes. Values of mean square 1 in every group keep it over all of them.
-
-    Example: groups `[0, 0, 0, 0, 0, 0, 0, 0, 1, 1]` weigh `sqrt(10 / 16) = 0.79` eight times, and `sqrt(10 / 4) = 1.58` twice.
-    """
-    count = total(F.one_hot(groups, num_groups).double().sum(dim=0))
-    return (count.sum() / ((count > 0).sum() * count))[groups].sqrt()
-
-
 def critic_features(
     trajectories: Sequence[Trajectory], policy: VLAPolicy, env: VectorEnv, plan: StagePlan, *, critic: str
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from trl_stare.trainers.ppo_batch import (
     decision_rewards,
     decision_stages,
     executed_tokens,
-    group_weights,
     normalize_advantages,
     observations,
 )
@@ -65,18 +64,14 @@ def make_batch(trainer: StagePPOTrainer, trajectories: Sequence[Trajectory]) -> 
         gae_lambda=args.gae_lambda,
         bootstrap_on_truncation=args.bootstrap_on_truncation,
     )
-    by_stage = args.advantage_norm != "rollout"
+    by_stage = args.advantage_norm == "stage"
     groups = decision_stages(trajectories, plan) if by_stage else torch.zeros(len(values), dtype=torch.int64)
-    summed = partial(total, trainer.accelerator)
-    normal = normalize_advantages(advantages, groups, len(plan), summed)
-    if args.advantage_norm == "stage-equal":
-        normal = normal * group_weights(groups, len(plan), summed).to(normal.dtype)
     trainer.record(rollout_metrics(trajectories, rewards, plan, plays_on=args.ignore_terminations))
     trainer.record({"value/explained_variance": [explained_variance(values, returns)]})
     return scores | {
         "features": features.cpu(),
         "values": values,
-        "advantages": normal,
+        "advantages": normalize_advantages(advantages, groups, len(plan), partial(total, trainer.accelerator)),
         "returns": returns,
     }
 

@@ -17,7 +17,7 @@ from trl_stare.trainers.processes import end_with_launcher, meet_anew_after_rest
 from trl_stare.trainers.rewards import REWARDS
 
 CRITICS = (*SIMULATOR_CRITICS, "hidden", "shared")
-ADVANTAGE_NORMS = ("rollout", "stage", "stage-equal")
+ADVANTAGE_NORMS = ("rollout", "stage")
 FINAL_POTENTIALS = ("zero", "kept")
 
 _POSITIVE = (
@@ -81,8 +81,7 @@ class StagePPOConfig(_BaseConfig):
             Weight of the KL to the reference, the policy as it is when the trainer is made (PEFT: the adapter off). 0 keeps none.
         advantage_norm (`str`, defaults to `"rollout"`):
             Over what advantages are brought to mean 0 and standard deviation 1: the `"rollout"`, or each `"stage"` of it alone,
-            so that a decision of a stage in which little is at stake counts as much as another. `"stage-equal"` then weighs the
-            stages, so that one with few decisions counts as much as another, see [`group_weights`]. Where success was rare, `"stage"` added seven
+            so that a stage in which little is at stake learns as much as the others. Where success was rare, `"stage"` added seven
             points to StA-PPO's success on StackCube-v1, and on LiftPegUpright-v1 it was behind PPO (docs/results.md, "Interaction
             from the same start", "LiftPegUpright-v1 where success is rare").
         value_learning_rate (`float`, defaults to `1e-3`):
