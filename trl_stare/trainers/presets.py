@@ -63,8 +63,7 @@ PPO_PRESETS: dict[str, dict[str, Any]] = {
     },
     # a policy of a few million weights on two CPU cores: `recipes/configs/ipi_stackcube_tiny.yaml`, measured in docs/results.md
     "small-cpu": _SMALL_CPU,
-    # the same where hardly an episode succeeds yet, as early stages fail: docs/results.md, "Success hardly ever seen"; where a late
-    # one was what was missing it was behind: "LiftPegUpright-v1 where success is rare"
+    # the same where hardly an episode succeeds yet: docs/results.md, "Success hardly ever seen"
     "small-cpu-rare": _SMALL_CPU
     | {
         # there is nothing to settle, and a habit that fails is not to be sharpened

