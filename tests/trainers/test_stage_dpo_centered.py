@@ -64,13 +64,13 @@ def test_micro_batches_have_the_gradients_of_one_shot(tmp_path):
     gradients = []
     for size in (None, 3):
         policy = make_policy()
+        policy.model.double()  # in float32 sums in another order differ by 1.07e-6 of their size on some processors
         trainer = make_trainer(policy, tmp_path / str(size), step_micro_batch_size=size, centered=True)
         perturb(policy)
         loss, _ = loss_and_logits(trainer, batch_of(trainer))
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]))
-    # float32 added up in another order: 1.07e-6 on one processor, below 1e-6 on another
-    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-6
 
 
 def test_lora_s_reference_is_the_model_without_it(tmp_path):

@@ -63,7 +63,7 @@ PPO_PRESETS: dict[str, dict[str, Any]] = {
     },
     # a policy of a few million weights on two CPU cores: `recipes/configs/ipi_stackcube_tiny.yaml`, measured in docs/results.md
     "small-cpu": _SMALL_CPU,
-    # the same where hardly an episode succeeds yet: docs/results.md, "Success hardly ever seen"
+    # the same where hardly an episode succeeds yet: docs/results.md, "Success hardly ever seen" and "Interaction from the same start"
     "small-cpu-rare": _SMALL_CPU
     | {
         # there is nothing to settle, and a habit that fails is not to be sharpened
