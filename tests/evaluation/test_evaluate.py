@@ -1,11 +1,12 @@
 """Evaluation of a real (untrained) policy in the real simulator."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
 
-from trl_stare.data import demonstrate
+from trl_stare.data import Trajectory, demonstrate
 from trl_stare.envs import get_simulated_task, make_env
 from trl_stare.evaluation import EpisodeResult, evaluate
 from trl_stare.policies import TokenPolicy
@@ -49,6 +50,34 @@ def test_every_seed_is_played_to_the_time_limit_in_order(env, policy, capfd):
     again, same = evaluate(policy, env, PLAN, seeds, temperature=1.0, seed=0, progress=False)
     assert same == episodes and again.stages == result.stages
     assert "evaluate" not in capfd.readouterr().err
+
+
+def kept_trajectories():
+    """How many finished episodes are kept, frames and all."""
+    return sum(type(thing) is Trajectory for thing in gc.get_objects())
+
+
+class CountingPolicy:
+    """A policy that notes before every 20th decision what [`kept_trajectories`] says."""
+
+    def __init__(self, policy):
+        self.policy, self.decisions, self.kept = policy, 0, []
+
+    def __getattr__(self, name):
+        return getattr(self.policy, name)
+
+    def act(self, *args, **kwargs):
+        self.decisions += 1
+        if self.decisions % 20 == 0:
+            self.kept.append(kept_trajectories())
+        return self.policy.act(*args, **kwargs)
+
+
+def test_finished_episodes_are_let_go(env, policy):
+    counting, before = CountingPolicy(policy), kept_trajectories()
+    _, episodes = evaluate(counting, env, PLAN, range(6), temperature=1.0, seed=0, progress=False)
+    assert len(episodes) == 6 and counting.decisions >= 3 * env.max_episode_steps
+    assert max(counting.kept) - before <= env.num_envs
 
 
 def test_a_solved_episode_passes_all_stages(env):

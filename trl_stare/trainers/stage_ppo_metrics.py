@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -66,17 +66,20 @@ def _stage_values(part: Segment, taken_in: Tensor, reward: DecisionRewards) -> d
     }
 
 
-def evaluation_counts(trajectories: Sequence[Trajectory], plan: StagePlan) -> dict[str, tuple[int, int]]:
+def evaluation_counts(trajectories: Iterable[Trajectory], plan: StagePlan) -> dict[str, tuple[int, int]]:
     """What an evaluation reports, each as how many of how many episodes: `success_once`, `success_at_end`, and `{stage}_success`,
-    P(stage k | stage k-1). The same names in every process, whatever it played.
+    P(stage k | stage k-1). The same names in every process, whatever it played. Goes through `trajectories` once and keeps none.
 
     Example: one of four episodes is solved, and two reach the cube: `{"success_once": (1, 4), ..., "Reach_success": (2, 4), ...}`.
     """
+    played = [
+        (episode.success_once, episode.success_at_end, segment(plan, episode.signals)) for episode in trajectories
+    ]
     counts = {
-        name: (sum(getattr(trajectory, name) for trajectory in trajectories), len(trajectories))
-        for name in ("success_once", "success_at_end")
+        "success_once": (sum(once for once, _, _ in played), len(played)),
+        "success_at_end": (sum(at_end for _, at_end, _ in played), len(played)),
     }
-    passed = stage_success([segment(plan, trajectory.signals) for trajectory in trajectories], len(plan))
+    passed = stage_success([segments for _, _, segments in played], len(plan))
     return counts | {f"{name}_success": pair for name, pair in zip(plan.names, passed, strict=True)}
 
 

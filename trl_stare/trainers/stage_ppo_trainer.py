@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from trl_stare.data.rollout import Timing, play
+from trl_stare.data.actors import policy_actor
+from trl_stare.data.rollout import Timing, play, stream
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import VectorEnv, VLAPolicy
 from trl_stare.stages import StagePlan
@@ -287,16 +288,15 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self.model.eval()
         with self.accelerator.autocast(), whole_weights(self.model_wrapped, self.accelerator):
-            trajectories = play(
-                self.env,
+            act = policy_actor(
                 self.policy,
-                list(dataset["seed"])[args.process_index :: args.world_size],
                 temperature=args.temperature if args.eval_temperature is None else args.eval_temperature,
                 generator=torch.Generator().manual_seed(args.seed),
-                ignore_terminations=True,
             )
+            starts = list(dataset["seed"])[args.process_index :: args.world_size]
+            played = stream(self.env, act, starts, name="policy", ignore_terminations=True)
+            counts = evaluation_counts((trajectory for _, trajectory in played), self.plan).items()
         self.model.train(was_training)
-        counts = evaluation_counts(trajectories, self.plan).items()
         counts = {f"{metric_key_prefix}_{name}": [self._sum(count) for count in pair] for name, pair in counts}
         metrics = {name: passed / reached for name, (passed, reached) in counts.items() if reached}
         self.log(metrics)
