@@ -197,7 +197,9 @@ def main(args: argparse.Namespace) -> None:
     given = {name: str(getattr(args, name)) for name in ("checkpoint", "task", "episodes", "warmup", "temperature")}
     out = claim_folder(args.output_dir, given | {"batches": args.batches})
     policy, measured = TokenPolicy.from_pretrained(args.checkpoint), {}
-    with closing(make_env(args.task, args.num_envs, chunk_size=policy.chunk_size)) as env:
+    with closing(
+        make_env(args.task, args.num_envs, chunk_size=policy.chunk_size, image_size=policy.image_size)
+    ) as env:
         rollouts = Rollouts(args, policy, env)
         for name, settings in yaml.safe_load(args.config.read_text()).items():
             folder = claim_folder(out / "settings" / name, {"settings": settings})

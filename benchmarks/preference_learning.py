@@ -97,7 +97,9 @@ def main(args: Arguments, config: StageDPOConfig) -> None:
     given = vars(args) | {name: getattr(config, name) for name in OPTIONS}
     out, plan = claim_folder(config.output_dir, given, free=()), get_plan(args.task)
     policy = TokenPolicy.from_pretrained(args.checkpoint)
-    with closing(make_env(args.task, args.num_envs, chunk_size=policy.chunk_size)) as env:
+    with closing(
+        make_env(args.task, args.num_envs, chunk_size=policy.chunk_size, image_size=policy.image_size)
+    ) as env:
         rollouts = collect(args, config, Path(args.rollouts or out / "rollouts"), env, policy, plan)
         play = partial(evaluated, args, config, out, env, plan)
         results = {"settings": given, "versions": package_versions(), "metadata": env.metadata, "arms": {}}

@@ -264,7 +264,7 @@ def collect_rollouts(
 
 
 def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:
-    """A checkpoint, refused if it acts in other chunks than the environment."""
+    """A checkpoint, refused if it acts in other chunks than the environment, or would see its pictures blown up."""
     policy = TokenPolicy.from_pretrained(checkpoint, **(args.policy if checkpoint == args.init_checkpoint else {}))
     policy.keep_statistics()
     if (policy.chunk_size, policy.action_dim) != (args.chunk_size, ACTION_DIM):
@@ -272,6 +272,8 @@ def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:
             f"`{checkpoint}` must act in chunks of {args.chunk_size} x {ACTION_DIM} values, got {policy.chunk_size} x "
             f"{policy.action_dim}. Set `chunk_size`, or use another checkpoint."
         )
+    if args.image_size < (policy.image_size or 0):
+        raise ValueError(f"Set `image_size` to {policy.image_size} or more for `{checkpoint}`, got {args.image_size}.")
     return policy
 
 

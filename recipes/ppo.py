@@ -47,6 +47,8 @@ logger = logging.getLogger("ppo")
 
 # Every use of a seed has a range of its own, as in recipes/ipi.py: nothing that is evaluated was ever trained on.
 EVAL_SEEDS, DEMO_SEEDS, TRAIN_SEEDS = 0, 100_000, 300_000
+NEW_IMAGE_SIZE = 64
+"""Pixels of a side of the pictures of a new small VLA."""
 
 
 @dataclass
@@ -73,7 +75,9 @@ class PPOArguments:
     )
     num_envs: int = field(default=16, metadata={"help": "Environments of each process, over its workers."})
     num_workers: int | None = field(default=None, metadata={"help": "Workers of each process; default one per core."})
-    image_size: int = field(default=64, metadata={"help": "Pixels of the policy's image."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels; default what `model` reads, or 64 for a new small VLA."}
+    )
     chunk_size: int = field(default=4, metadata={"help": "Steps per decision of a new small VLA."})
     visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
     num_starts: int = field(default=100_000, metadata={"help": "Episode starts to train on, taken in order."})
@@ -97,7 +101,7 @@ def main(args: PPOArguments, config: StagePPOConfig, model_args: ModelConfig) ->
     policy = load(args, model_args, out)
     starts = Dataset.from_dict({"seed": range(TRAIN_SEEDS, TRAIN_SEEDS + args.num_starts)})
     held_out = Dataset.from_dict({"seed": range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes)})
-    with closing(make(args, policy.chunk_size)) as env:
+    with closing(make(args, policy.chunk_size, args.image_size or policy.image_size)) as env:
         trainer = StagePPOTrainer(policy, config, env, plan, starts, held_out)
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or True)
         if trainer.is_finished:
@@ -136,7 +140,7 @@ def imitate(args: PPOArguments, config: StagePPOConfig, plan: Any) -> None:
     """`initial`: a small VLA, new but for having imitated a few scripted demonstrations, which also give its statistics."""
     out, state = Path(config.output_dir), PartialState()
     if state.is_main_process and not (out / "demonstrations").exists():
-        with closing(make(args, chunk_size=1)) as env:
+        with closing(make(args, chunk_size=1, image_size=args.image_size or NEW_IMAGE_SIZE)) as env:
             expert = get_simulated_task(args.task).demonstrate
             shown = demonstrate_successes(env, expert, args.demonstrations, first_seed=DEMO_SEEDS)
             save_trajectories(shown, out / "demonstrations", plan, metadata=env.metadata)
@@ -144,7 +148,9 @@ def imitate(args: PPOArguments, config: StagePPOConfig, plan: Any) -> None:
     shown = load_trajectories(out / "demonstrations")
     stats = norm_stats(torch.cat([d.labels for d in shown]), torch.cat([d.state for d in shown]))
     set_seed(config.seed)
-    policy = TokenPolicy.create_tiny({args.task: stats}, image_size=args.image_size, chunk_size=args.chunk_size)
+    policy = TokenPolicy.create_tiny(
+        {args.task: stats}, image_size=args.image_size or NEW_IMAGE_SIZE, chunk_size=args.chunk_size
+    )
     given = {"save_strategy": "no", "report_to": "none", "use_cpu": config.use_cpu, "seed": config.seed}
     trainer = StageSFTTrainer(policy, StageSFTConfig(str(out / "imitation"), **given | args.imitation), shown, plan)
     trainer.train()
@@ -176,14 +182,14 @@ def report(args: PPOArguments, config: StagePPOConfig, trainer: StagePPOTrainer)
     logger.info("success_once %.3f of %d held-out episodes", result.success_once, len(episodes))
 
 
-def make(args: PPOArguments, chunk_size: int) -> Any:
+def make(args: PPOArguments, chunk_size: int, image_size: int | None) -> Any:
     """The task's environments."""
     return make_env(
         args.task,
         args.num_envs,
         num_workers=args.num_workers,
         chunk_size=chunk_size,
-        image_size=args.image_size,
+        image_size=image_size,
         visuals=args.visuals,
     )
 

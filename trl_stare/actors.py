@@ -19,7 +19,7 @@ class NamedActor:
         name (`str`): `"expert"`, `"random"`, or the checkpoint's folder or Hub id.
         make (`Callable`): given a generator, the [`~trl_stare.data.actors.Actor`].
         chunk_size (`int`): environment steps per decision.
-        image_size (`int`, *optional*): pixels of the images it was trained on; `None` where it looks at none.
+        image_size (`int`, *optional*): pixels of a side of the pictures that it reads; `None` where it looks at none, or does not say.
     """
 
     name: str
@@ -63,5 +63,5 @@ def load_actor(policy: str, task: str, *, noise: float = 0.0, temperature: float
         policy,
         lambda generator: policy_actor(model, temperature=temperature, generator=generator),
         chunk_size=model.chunk_size,
-        image_size=model.model.config.image_size,
+        image_size=model.image_size,
     )

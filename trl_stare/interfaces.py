@@ -182,6 +182,8 @@ class VLAPolicy(Protocol):
         processor (`ProcessorMixin`): saved beside the model.
         chunk_size (`int`): `C`. action_dim (`int`): `A`.
         num_features (`int`, *optional*): `F`, where it is not the language model's hidden size.
+        image_size (`int`, *optional*): pixels of a side of the pictures that it reads; recipes take the task's own where it does not
+            say.
     """
 
     model: torch.nn.Module

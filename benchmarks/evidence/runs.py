@@ -165,7 +165,9 @@ def evaluate_start(queue: Queue, checkpoint: Path, file: Path, seed: int) -> Non
         return
     logger.info("evaluating %s with sampling seed %d", checkpoint, seed)
     policy = TokenPolicy.from_pretrained(checkpoint)
-    with closing(make_env(queue.task, queue.num_envs, chunk_size=policy.chunk_size)) as env:
+    with closing(
+        make_env(queue.task, queue.num_envs, chunk_size=policy.chunk_size, image_size=policy.image_size)
+    ) as env:
         _, episodes = evaluate(
             policy, env, get_plan(queue.task), range(queue.eval_episodes), temperature=queue.temperature, seed=seed
         )

@@ -142,6 +142,9 @@ class TestLlava(HFConformance):
     def policy(self):
         return make_policy(make_llava, "llava", 4)
 
+    def test_pictures_are_those_of_its_vision_tower(self, policy):
+        assert policy.image_size == 28
+
 
 class TestSmolVLM(HFConformance):
     @pytest.fixture(scope="class")
@@ -159,6 +162,9 @@ class TestQwen25VL(HFConformance):
     @pytest.fixture(scope="class")
     def policy(self):
         return make_policy(make_qwen, "qwen", 4)
+
+    def test_pictures_of_any_size_are_read(self, policy):
+        assert policy.image_size is None
 
 
 class TestLlavaWithItsOwnProcessorAndAppendedTokens(PolicyConformance):

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from trl_stare.evaluation import file_digests, read_played
-from trl_stare.policies import TokenPolicy
+from trl_stare.policies import TokenPolicy, create_tiny_pi0
 
 ROOT = Path(__file__).parents[2]
 TASK = "PushCube-v1"
@@ -87,6 +87,15 @@ def test_the_same_command_gives_the_same_bytes_and_no_difference(checkpoint, tmp
     recipe.main(recipe.parse())
     written = (tmp_path / "runs.md").read_text()
     assert f"- A: {checkpoint} ({b})" in written and "not distinguishable over 2 training runs" in written
+
+
+def test_a_flow_policy_is_evaluated_as_any_other(tmp_path, monkeypatch):
+    scale = {TASK: {"action": {"q01": [-0.1] * 7, "q99": [0.1] * 7}}}
+    create_tiny_pi0(scale, chunk_size=10, num_inference_steps=2).save_pretrained(tmp_path / "pi0")
+    flags = ["--model", tmp_path / "pi0", "--task", TASK, "--episodes", 2, "--num_envs", 2, "--num_workers", 1]
+    call(monkeypatch, "evaluate", *flags, "--videos", 0, "--output_dir", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "eval_info.json").read_text())["per_task"][0]["metrics"]
+    assert metrics["n_episodes"] == 2 and metrics["environment"]["image_shape"] == [28, 28]
 
 
 def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_path, monkeypatch):

@@ -72,6 +72,8 @@ class PolicyConformance:
     def test_protocol_and_shapes(self, policy: Any) -> None:
         """All members are there; actions are `[N, C, A]` float32, the rest `[N, L]` and `[N, F]`, traces int64 and not negative."""
         assert isinstance(policy, VLAPolicy), "the members of VLAPolicy must all be there"
+        size = getattr(policy, "image_size", None)
+        assert size is None or isinstance(size, int) and size > 0, "image_size: pixels of a side"
         inputs, sample = self.sample(policy, self.make_obs(_LONG, _SHORT))
         assert all(len(value) == 2 and value.device.type == "cpu" for value in inputs.values()), "prepare: N rows, CPU"
         if self.images_stay_uint8:

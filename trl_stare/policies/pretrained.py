@@ -72,6 +72,15 @@ class PretrainedPolicy:
         config.norm_stats = {self.unnorm_key: config.norm_stats[self.unnorm_key]}
 
     @property
+    def image_size(self) -> int | None:
+        """Pixels of a side of the pictures that the model reads; `None` if its configuration does not say."""
+        config = self.model.config
+        size = getattr(config, "image_size", None) or getattr(
+            getattr(config, "vision_config", None), "image_size", None
+        )
+        return max(size) if isinstance(size, (list, tuple)) else size
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device

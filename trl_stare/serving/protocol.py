@@ -83,7 +83,7 @@ def describe(policy: VLAPolicy, *, temperature: float, seed: int, limits: Limits
         "protocol": PROTOCOL,
         "action_dim": policy.action_dim,
         "chunk_size": policy.chunk_size,
-        "image_size": getattr(config, "image_size", None),
+        "image_size": getattr(policy, "image_size", None),
         "state_size": getattr(config, "state_size", None),
         "temperature": temperature,
         "seed": seed,

@@ -91,6 +91,11 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
                 )
 
     @property
+    def image_size(self) -> int | None:
+        """Pixels of a side of the pictures that the model reads, as the processor says; `None` if it does not."""
+        return getattr(self.processor, "image_size", None)
+
+    @property
     def latent_dim(self) -> int:
         """`D`: dimensions that are denoised; those past `action_dim` are padding, and are never executed."""
         return self.model.config.max_action_dim

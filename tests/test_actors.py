@@ -1,0 +1,29 @@
+"""Actors by name: what an environment must be for a checkpoint of each family."""
+
+import pytest
+
+from trl_stare.actors import load_actor
+from trl_stare.policies import TokenPolicy, create_tiny_openvla, create_tiny_pi0
+
+TASK = "StackCube-v1"
+QUANTILES = {"my_robot": {"action": {"q01": [-0.1] * 7, "q99": [0.1] * 7}}}
+SCALE = {"my_robot": {"action": {"scale": [0.1] * 7}, "state": {"mean": [0.0] * 8, "std": [1.0] * 8}}}
+
+
+@pytest.mark.parametrize(
+    ("make", "chunk_size", "image_size"),
+    [
+        (lambda: TokenPolicy.create_tiny(SCALE, image_size=16, chunk_size=5), 5, 16),
+        (lambda: create_tiny_openvla(QUANTILES), 1, 56),
+        (lambda: create_tiny_pi0(QUANTILES, chunk_size=3), 3, 28),
+    ],
+    ids=["tiny", "openvla", "pi0"],
+)
+def test_a_checkpoint_says_its_chunk_and_its_pictures(make, chunk_size, image_size, tmp_path):
+    make().save_pretrained(tmp_path)
+    actor = load_actor(str(tmp_path), TASK)
+    assert (actor.name, actor.chunk_size, actor.image_size) == (str(tmp_path), chunk_size, image_size)
+
+
+def test_who_looks_at_no_picture_says_no_size():
+    assert [load_actor(name, TASK).image_size for name in ("expert", "random")] == [None, None]
