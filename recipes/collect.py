@@ -1,7 +1,7 @@
 """Collect a dataset of stage-labelled trajectories: demonstrations, noisy ones, or rollouts of any checkpoint.
 
     python recipes/collect.py --task StackCube-v1 --episodes 1000 --noise 0.08 --successes_only --output_dir data/demos
-    python recipes/collect.py --task StackCube-v1 --episodes 300 --episodes_per_seed 6 --policy outputs/ipi/imitation \
+    python recipes/collect.py --task StackCube-v1 --episodes 300 --episodes_per_seed 6 --model outputs/ipi/imitation \
         --output_dir data/rollouts
 
 The second is what `recipes/pairs.py` compares: six episodes from each of 50 initial states. Interrupt it whenever you like: every finished episode is kept, and the same command continues. The folder holds plain
@@ -11,6 +11,7 @@ parquet files: `datasets.load_dataset("data/demos")` reads them, and `trl_stare.
 import logging
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm.auto import tqdm
 from trl import TrlParser
@@ -18,6 +19,7 @@ from trl import TrlParser
 from trl_stare import get_plan, make_env
 from trl_stare.actors import load_actor
 from trl_stare.data import collect_dataset, stored_settings
+from trl_stare.runs import set_entries
 from trl_stare.tasks import import_tasks
 
 logger = logging.getLogger("collect")
@@ -33,7 +35,11 @@ class CollectArguments:
     episodes_per_seed: int = field(
         default=1, metadata={"help": "Episodes from each initial state; preference pairs need several."}
     )
-    policy: str = field(default="expert", metadata={"help": "'expert', 'random', or a checkpoint (folder or Hub id)."})
+    model: str = field(default="expert", metadata={"help": "A checkpoint (folder or Hub id), 'expert' or 'random'."})
+    policy: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "How a checkpoint is loaded: `unnorm_key`, `dtype`, fields of its configuration."},
+    )
     noise: float = field(default=0.0, metadata={"help": "Share of the expert's steps that are random mistakes."})
     successes_only: bool = field(default=False, metadata={"help": "Keep successful episodes only."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of a checkpoint; 0 is greedy."})
@@ -53,11 +59,8 @@ class CollectArguments:
 def main(args: CollectArguments) -> None:
     """Collect until `output_dir` holds `episodes` episodes."""
     import_tasks(args.task_module)
-    actor, plan = (
-        load_actor(args.policy, args.task, noise=args.noise, temperature=args.temperature),
-        get_plan(args.task),
-    )
-    settings = {"noise": args.noise} if args.policy == "expert" else {"temperature": args.temperature}
+    actor = load_actor(args.model, args.task, noise=args.noise, temperature=args.temperature, **args.policy)
+    settings = {"noise": args.noise} if args.model == "expert" else {"temperature": args.temperature} | args.policy
     env = make_env(
         args.task,
         args.num_envs,
@@ -71,7 +74,7 @@ def main(args: CollectArguments) -> None:
             env,
             actor.make,
             args.output_dir,
-            plan,
+            get_plan(args.task),
             episodes=args.episodes,
             episodes_per_seed=args.episodes_per_seed,
             first_seed=args.first_seed,
@@ -87,4 +90,4 @@ def main(args: CollectArguments) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(TrlParser(CollectArguments).parse_args_and_config()[0])
+    main(set_entries(*TrlParser(CollectArguments).parse_args_and_config(return_remaining_strings=True)))

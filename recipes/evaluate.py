@@ -2,6 +2,8 @@
 
     python recipes/evaluate.py --model outputs/ipi/interaction --task StackCube-v1 --episodes 300 --output_dir outputs/eval/ipi
     python recipes/evaluate.py --model user/my-vla --suite simpler_widowx --seed 0 1 2 --output_dir outputs/eval/widowx
+    python recipes/evaluate.py --model openvla/openvla-7b --policy.unnorm_key bridge_orig --policy.action_convention bridge \
+        --temperature 0 --suite simpler_widowx --output_dir outputs/eval/openvla
     python recipes/evaluate.py --model expert --suite PushCube-v1,PullCube-v1 --output_dir outputs/eval/expert
     python recipes/evaluate.py --model outputs/ipi/interaction --task StackCube-v1 --variations all --output_dir outputs/robust
 
@@ -22,7 +24,7 @@ from tqdm.auto import tqdm
 from trl import TrlParser
 
 from trl_stare import get_plan, make_env
-from trl_stare.actors import NamedActor, load_actor
+from trl_stare.actors import SCRIPTED, NamedActor, load_actors
 from trl_stare.envs import get_simulated_task, get_variation, select_variations
 from trl_stare.evaluation import (
     RULES,
@@ -45,7 +47,7 @@ from trl_stare.evaluation import (
     write_robustness,
 )
 from trl_stare.interfaces import NOMINAL
-from trl_stare.runs import Stopwatch, claim_folder
+from trl_stare.runs import Stopwatch, claim_folder, set_entries
 from trl_stare.tasks import import_tasks
 
 logger = logging.getLogger("evaluate")
@@ -61,6 +63,10 @@ class EvaluateArguments:
     model: str = field(metadata={"help": "A checkpoint (folder or Hub id), 'expert' or 'random'."})
     output_dir: str = field(metadata={"help": "Where everything goes."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
+    policy: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "How a checkpoint is loaded: `unnorm_key`, `dtype`, fields of its configuration."},
+    )
     task: str | None = field(default=None, metadata={"help": "A registered task."})
     suite: str | None = field(
         default=None, metadata={"help": "'simpler_widowx', 'maniskill_panda', or tasks with commas between them."}
@@ -109,7 +115,7 @@ class EvaluateArguments:
             raise ValueError(f"`seed` must be different numbers from 0 on, got {self.seed}.")
         if self.videos < 0 or self.num_envs < 1:
             raise ValueError(f"`videos` must be >= 0 and `num_envs` >= 1, got {self.videos} and {self.num_envs}.")
-        if self.push and self.model in ("expert", "random"):
+        if self.push and self.model in SCRIPTED:
             raise ValueError(f"`push` needs a model with a card, got {self.model!r}.")
 
 
@@ -135,7 +141,7 @@ def main(args: EvaluateArguments) -> None:
         for task in tasks
     }
     source = resolve_policy(args.model, args.revision)
-    actors = {task: load_actor(source.location, task, temperature=args.temperature) for task in tasks}
+    actors = load_actors(source.location, tasks, temperature=args.temperature, **args.policy)
     out = claim_folder(args.output_dir, asdict(args) | {"policy": source.to_dict()}, free=FREE)
     job, watch = Job(args, source, actors, starts), Stopwatch(out / "timing.json")
     info, nominal = evaluate_tasks(job, NOMINAL, out / NOMINAL if variations else out, watch)
@@ -161,7 +167,7 @@ def evaluate_tasks(
         "temperature": args.temperature if source.files else None,
         "seed": args.seed,
         "num_envs": args.num_envs,
-    }
+    } | ({"policy": args.policy} if args.policy else {})
     info = build_eval_info(
         policy=source.to_dict(),
         settings=settings,
@@ -238,4 +244,4 @@ class Film:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(TrlParser(EvaluateArguments).parse_args_and_config()[0])
+    main(set_entries(*TrlParser(EvaluateArguments).parse_args_and_config(return_remaining_strings=True)))

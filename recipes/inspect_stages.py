@@ -1,8 +1,8 @@
 """Look at a task's stages: `stages.json`, a timeline picture and videos with the stage written on every frame.
 
-    python recipes/inspect_stages.py --task StackCube-v1 --policy expert --episodes 8 --output_dir outputs/stages
-    python recipes/inspect_stages.py --task PickCube-v1 --policy random --output_dir outputs/random
-    python recipes/inspect_stages.py --task StackCube-v1 --policy outputs/ipi/imitation --output_dir outputs/imitation
+    python recipes/inspect_stages.py --task StackCube-v1 --model expert --episodes 8 --output_dir outputs/stages
+    python recipes/inspect_stages.py --task PickCube-v1 --model random --output_dir outputs/random
+    python recipes/inspect_stages.py --task StackCube-v1 --model outputs/ipi/imitation --output_dir outputs/imitation
 
 Do this before you believe any reward. `findings.txt` holds what `trl_stare.stages.check` has to say about the plan.
 """
@@ -12,6 +12,7 @@ import logging
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -21,6 +22,7 @@ from trl_stare import get_plan, make_env
 from trl_stare.actors import load_actor
 from trl_stare.data import collect
 from trl_stare.evaluation import film_episode, inspect, plot_timelines
+from trl_stare.runs import set_entries
 from trl_stare.stages import check
 from trl_stare.tasks import import_tasks
 
@@ -32,7 +34,11 @@ class InspectArguments:
     """What to look at."""
 
     task: str = field(metadata={"help": "A registered task."})
-    policy: str = field(default="expert", metadata={"help": "'expert', 'random', or a checkpoint (folder or Hub id)."})
+    model: str = field(default="expert", metadata={"help": "A checkpoint (folder or Hub id), 'expert' or 'random'."})
+    policy: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "How a checkpoint is loaded: `unnorm_key`, `dtype`, fields of its configuration."},
+    )
     episodes: int = field(default=8, metadata={"help": "Episodes, one seed each."})
     seed: int = field(default=0, metadata={"help": "Seed of the first episode and of the actor's randomness."})
     output_dir: str = field(default="outputs/stages", metadata={"help": "Where everything goes."})
@@ -54,10 +60,8 @@ class InspectArguments:
 def main(args: InspectArguments) -> None:
     """Play, label, draw, film."""
     import_tasks(args.task_module)
-    actor, plan = (
-        load_actor(args.policy, args.task, noise=args.noise, temperature=args.temperature),
-        get_plan(args.task),
-    )
+    actor = load_actor(args.model, args.task, noise=args.noise, temperature=args.temperature, **args.policy)
+    plan = get_plan(args.task)
     out, seeds = Path(args.output_dir), range(args.seed, args.seed + args.episodes)
     settings = {"num_workers": args.num_workers, "visuals": args.visuals, "image_size": actor.image_size}
     with (
@@ -81,4 +85,4 @@ def main(args: InspectArguments) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(TrlParser(InspectArguments).parse_args_and_config()[0])
+    main(set_entries(*TrlParser(InspectArguments).parse_args_and_config(return_remaining_strings=True)))

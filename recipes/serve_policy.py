@@ -9,12 +9,14 @@ loopback only: there is neither a password nor encryption, so reach it from else
 import logging
 import signal
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser
 
 from trl_stare import TokenPolicy
 from trl_stare.envs import get_simulated_task
+from trl_stare.runs import set_entries
 from trl_stare.serving import Limits, PolicyServer
 from trl_stare.tasks import import_tasks
 
@@ -28,7 +30,10 @@ class ServeArguments:
     model: str = field(metadata={"help": "Checkpoint (folder or Hub id)."})
     task: str = field(metadata={"help": "Registered task: clients are told its instruction and control mode."})
     task_module: str | None = field(default=None, metadata={"help": "Module or .py file of your own task."})
-    unnorm_key: str | None = field(default=None, metadata={"help": "Which of the checkpoint's statistics."})
+    policy: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "How the checkpoint is loaded: `unnorm_key`, `dtype`, fields of its configuration."},
+    )
     host: str = field(default="127.0.0.1", metadata={"help": "Where to listen. Other than loopback is open to all."})
     port: int = field(default=8000, metadata={"help": "0 takes a free one."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, unless a request says; 0 is greedy."})
@@ -41,7 +46,7 @@ def main(args: ServeArguments) -> None:
     """Load, and serve until interrupted."""
     import_tasks(args.task_module)
     task = get_simulated_task(args.task)
-    policy = TokenPolicy.from_pretrained(args.model, args.unnorm_key)
+    policy = TokenPolicy.from_pretrained(args.model, **args.policy)
     policy.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     limits = Limits(max_bytes=args.max_megabytes * 2**20, max_connections=args.max_connections)
     server = PolicyServer(
@@ -69,4 +74,4 @@ def main(args: ServeArguments) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(*HfArgumentParser(ServeArguments).parse_args_into_dataclasses())
+    main(set_entries(*HfArgumentParser(ServeArguments).parse_args_into_dataclasses(return_remaining_strings=True)))

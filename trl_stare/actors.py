@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from trl_stare.data.actors import Actor, expert_actor, policy_actor, random_actor
 from trl_stare.envs.registry import get_simulated_task
+
+SCRIPTED = ("expert", "random")
+"""Names that are no checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,20 @@ class NamedActor:
     image_size: int | None = None
 
 
-def load_actor(policy: str, task: str, *, noise: float = 0.0, temperature: float = 1.0) -> NamedActor:
+def load_actor(policy: str, task: str, *, noise: float = 0.0, temperature: float = 1.0, **loading: Any) -> NamedActor:
     """Look an actor up.
 
     Args:
-        policy (`str`): `"expert"` is the task's scripted demonstrator, `"random"` is chance, anything else a checkpoint.
+        policy (`str`): `"expert"` is the task's scripted demonstrator, `"random"` is chance, anything else a checkpoint, which acts on
+            the GPU where there is one.
         task (`str`): a registered task.
         noise (`float`): share of an expert's steps that are mistakes.
         temperature (`float`): of a checkpoint's sampling; 0 is greedy.
+        loading: for a checkpoint's `from_pretrained`: `unnorm_key`, `dtype`, fields of its config.
 
     Raises:
-        ValueError: if the task is unknown or has no demonstrator, or `noise` is given to another actor than an expert.
+        ValueError: if the task is unknown or has no demonstrator, `noise` is given to another actor than an expert, or `loading` to
+            another than a checkpoint.
         OSError: if there is no such checkpoint.
 
     Example: `load_actor("expert", "StackCube-v1").chunk_size` is 1: demonstrators decide at every step.
@@ -46,6 +53,8 @@ def load_actor(policy: str, task: str, *, noise: float = 0.0, temperature: float
     simulated = get_simulated_task(task)
     if noise and policy != "expert":
         raise ValueError(f"`noise` must be 0 unless the expert acts, got {noise} for {policy!r}.")
+    if loading and policy in SCRIPTED:
+        raise ValueError(f"{', '.join(loading)} must be left out unless a checkpoint acts, got {policy!r}.")
     if policy == "random":
         return NamedActor("random", lambda generator: random_actor(size=simulated.mistake_size, generator=generator))
     if policy == "expert":
@@ -58,10 +67,21 @@ def load_actor(policy: str, task: str, *, noise: float = 0.0, temperature: float
         )
     from trl_stare.policies import TokenPolicy
 
-    model = TokenPolicy.from_pretrained(policy)
+    model = TokenPolicy.from_pretrained(policy, **loading)
+    model.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return NamedActor(
         policy,
         lambda generator: policy_actor(model, temperature=temperature, generator=generator),
         chunk_size=model.chunk_size,
         image_size=model.image_size,
     )
+
+
+def load_actors(policy: str, tasks: Sequence[str], **options: Any) -> dict[str, NamedActor]:
+    """[`load_actor`] for each of several tasks. A checkpoint is loaded once, however many tasks it plays.
+
+    Example: `load_actors("expert", ("PushCube-v1", "PullCube-v1"))` are two demonstrators.
+    """
+    if policy in SCRIPTED:
+        return {task: load_actor(policy, task, **options) for task in tasks}
+    return dict.fromkeys(tasks, load_actor(policy, tasks[0], **options))

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from trl_stare.evaluation import file_digests, read_played
 from trl_stare.policies import TokenPolicy, create_tiny_pi0
 
+QUANTILES = {"q01": [-0.1] * 7, "q99": [0.1] * 7}
 ROOT = Path(__file__).parents[2]
 TASK = "PushCube-v1"
 
@@ -39,7 +40,8 @@ def call(monkeypatch, recipe: str, *args: object) -> None:
     """The same without a process of its own, which takes seconds to import."""
     module = load(recipe)
     monkeypatch.setattr(sys, "argv", [recipe, *map(str, args)])
-    module.main(module.TrlParser(module.EvaluateArguments).parse_args_and_config()[0])
+    parsed = module.TrlParser(module.EvaluateArguments).parse_args_and_config(return_remaining_strings=True)
+    module.main(module.set_entries(*parsed))
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +91,19 @@ def test_the_same_command_gives_the_same_bytes_and_no_difference(checkpoint, tmp
     assert f"- A: {checkpoint} ({b})" in written and "not distinguishable over 2 training runs" in written
 
 
-def test_a_flow_policy_is_evaluated_as_any_other(tmp_path, monkeypatch):
-    scale = {TASK: {"action": {"q01": [-0.1] * 7, "q99": [0.1] * 7}}}
-    create_tiny_pi0(scale, chunk_size=10, num_inference_steps=2).save_pretrained(tmp_path / "pi0")
+def test_a_flow_policy_of_several_robots_is_evaluated_as_any_other(tmp_path, monkeypatch):
+    policy = create_tiny_pi0({TASK: {"action": QUANTILES}}, chunk_size=10, num_inference_steps=2)
+    policy.model.config.norm_stats["another"] = {"action": QUANTILES}
+    policy.save_pretrained(tmp_path / "pi0")
     flags = ["--model", tmp_path / "pi0", "--task", TASK, "--episodes", 2, "--num_envs", 2, "--num_workers", 1]
-    call(monkeypatch, "evaluate", *flags, "--videos", 0, "--output_dir", tmp_path / "out")
-    metrics = json.loads((tmp_path / "out" / "eval_info.json").read_text())["per_task"][0]["metrics"]
+    flags += ["--videos", 0, "--output_dir", tmp_path / "out"]
+    with pytest.raises(ValueError, match="unnorm_key.*another"):
+        call(monkeypatch, "evaluate", *flags)
+    call(monkeypatch, "evaluate", *flags, "--policy.unnorm_key", TASK)
+    info = json.loads((tmp_path / "out" / "eval_info.json").read_text())
+    metrics = info["per_task"][0]["metrics"]
     assert metrics["n_episodes"] == 2 and metrics["environment"]["image_shape"] == [28, 28]
+    assert info["settings"]["policy"] == {"unnorm_key": TASK}
 
 
 def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_imitation_preference_interaction(run, tmp_path):
     sft, rolls, pairs, dpo, ppo = (tmp_path / name for name in ("sft", "rolls", "pairs", "dpo", "ppo"))
     # by the recipe first: a random policy reaches nothing, and its episodes cannot be compared
     several = ["--episodes", 2, "--episodes_per_seed", 2]
-    run("collect", "--task", TASK, "--policy", sft, *several, "--output_dir", tmp_path / "chance", *ROOM)
+    run("collect", "--task", TASK, "--model", sft, *several, "--output_dir", tmp_path / "chance", *ROOM)
     assert [t.trace.shape[1] for t in load_trajectories(tmp_path / "chance")] == [7, 7]
     with closing(make_env(TASK, 2, num_workers=1, image_size=56)) as env:
         expert = get_simulated_task(TASK).demonstrate
