@@ -272,8 +272,8 @@ def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:
             f"`{checkpoint}` must act in chunks of {args.chunk_size} x {ACTION_DIM} values, got {policy.chunk_size} x "
             f"{policy.action_dim}. Set `chunk_size`, or use another checkpoint."
         )
-    if args.image_size < (policy.image_size or 0):
-        raise ValueError(f"Set `image_size` to {policy.image_size} or more for `{checkpoint}`, got {args.image_size}.")
+    if args.image_size < (least := policy.image_size or 0):
+        raise ValueError(f"`image_size` must be at least {least} for `{checkpoint}`, got {args.image_size}.")
     return policy
 
 

@@ -170,10 +170,17 @@ def test_an_unwritable_folder_is_named(recipe, monkeypatch, tmp_path):
         recipe.main(parse(recipe))
 
 
-def test_a_checkpoint_of_another_action_size_is_refused(recipe, finished, monkeypatch, tmp_path):
-    flags = ["--init_checkpoint", str(finished / "imitation"), "--phases", "preference", "--chunk_size", "2"]
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (["--chunk_size", "2"], "must act in chunks of 2 x 7 values, got 4 x 7"),
+        (["--image_size", "16"], "`image_size` must be at least 32 for .*, got 16"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(recipe, finished, monkeypatch, tmp_path, own, message):
+    flags = ["--init_checkpoint", str(finished / "imitation"), "--phases", "preference", *own]
     monkeypatch.setattr(sys, "argv", ["ipi.py", "--output_dir", str(tmp_path / "run"), *flags])
-    with pytest.raises(ValueError, match="must act in chunks of 2 x 7 values, got 4 x 7"):
+    with pytest.raises(ValueError, match=message):
         recipe.main(parse(recipe))
     assert not (tmp_path / "run").exists()
 

@@ -89,7 +89,7 @@ def imitate(run, folder: Path, **oft: object) -> TokenPolicy:
 def interact(run, start: Path, out: Path) -> dict[str, torch.Tensor]:
     """Two iterations of PPO from `start`; the adapter that it trained."""
     sizes = ["--num_train_epochs", 2, "--episodes_per_iteration", 2, "--num_minibatches", 4, "--num_ppo_epochs", 1]
-    sizes += ["--value_warmup_iterations", 0, "--eval_episodes", 2, "--image_size", 56, "--save_strategy", "epoch"]
+    sizes += ["--value_warmup_iterations", 0, "--eval_episodes", 2, "--save_strategy", "epoch"]
     run("ppo", "--model", start, "--task", TASK, *sizes, "--output_dir", out, *ROOM, *TRAINING)
     assert "success_once" in (out / "policy" / "README.md").read_text()
     adapter = load_file(out / "policy" / "adapter_model.safetensors")

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
-from trl import TrlParser
+from trl import ModelConfig, TrlParser
 
 from trl_stare import StagePPOConfig, TokenPolicy
 
@@ -45,6 +45,20 @@ def test_the_smoke_configuration_and_flags_over_it(recipe):
 def test_a_checkpoint_or_demonstrations_but_not_both(recipe, flags):
     with pytest.raises(ValueError, match="one of `model` and `demonstrations` must be given"):
         parse(recipe, *flags)
+
+
+@pytest.mark.parametrize(("flags", "size"), [([], 16), (["--image_size", "32"], 32)])
+def test_pictures_are_of_the_size_that_the_model_reads(recipe, monkeypatch, tmp_path, flags, size):
+    stats = {"action": {"scale": [1.0] * 7}, "state": {"mean": [0.0] * 8, "std": [1.0] * 8}}
+    TokenPolicy.create_tiny({"StackCube-v1": stats}, image_size=16).save_pretrained(tmp_path / "policy")
+    args, config = parse(recipe, "--model", str(tmp_path / "policy"), "--demonstrations", "0", *flags)
+
+    def make_env(*_, image_size, **__):
+        raise InterruptedError(image_size)
+
+    monkeypatch.setattr(recipe, "make_env", make_env)
+    with pytest.raises(InterruptedError, match=f"^{size}$"):
+        recipe.main(args, config, ModelConfig())
 
 
 def launch(out: Path, processes: int) -> subprocess.Popen:
