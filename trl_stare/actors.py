@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 
-from trl_stare.data.actors import Actor, expert_actor, policy_actor, random_actor
+from trl_stare.data.actors import SCRIPTED, Actor, expert_actor, policy_actor, random_actor
 from trl_stare.envs.registry import get_simulated_task
-
-SCRIPTED = ("expert", "random")
-"""Names that are no checkpoints."""
 
 
 @dataclass(frozen=True)

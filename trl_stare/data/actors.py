@@ -10,6 +10,9 @@ from torch import Tensor
 
 from trl_stare.interfaces import ACTION_DIM, Observation, Signals, VLAPolicy
 
+SCRIPTED = ("expert", "random")
+"""Names that are no checkpoints."""
+
 
 class Decision(NamedTuple):
     """What an actor answers for `N` environments.

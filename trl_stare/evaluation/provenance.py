@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-BY_NAME = ("expert", "random")
-"""Actors that have no files."""
+from trl_stare.data.actors import SCRIPTED
+
 SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py")
 """What a policy is made of. Cards, logs and training states do not decide how it acts."""
 
@@ -22,7 +22,7 @@ class PolicySource:
 
     Args:
         name (`str`): as the user gave it.
-        location (`str`): what loads it: a local folder, or one of `BY_NAME`.
+        location (`str`): what loads it: a local folder, or one of `SCRIPTED`.
         revision (`str` or `None`): commit on the Hub; `None` for local ones.
         files (`dict[str, str]`): file name -> SHA-256, of the files at the top of the checkpoint.
     """
@@ -48,10 +48,10 @@ def resolve_policy(model: str, revision: str | None = None) -> PolicySource:
         ValueError: if `revision` is given for something that is not on the Hub.
         OSError: if there is no such checkpoint.
     """
-    if model in BY_NAME or Path(model).is_dir():
+    if model in SCRIPTED or Path(model).is_dir():
         if revision is not None:
             raise ValueError(f"`revision` must be of a model on the Hub, got {revision!r} for {model!r}.")
-        return PolicySource(model, model, files={} if model in BY_NAME else file_digests(model))
+        return PolicySource(model, model, files={} if model in SCRIPTED else file_digests(model))
     try:
         folder = snapshot_download(model, revision=revision)
     except HFValidationError as error:
