@@ -9,9 +9,12 @@ folder, and does each of these with each of them, in a new process:
 - `read`: every episode, images included, one after another;
 - `pairs`: `build_pairs`, one pair a stage and start; `validate`: `validate_dataset`;
 - `convert`: `pairs_dataset(file=...)`, and 200 rows of what it wrote;
+- `imitate`: `demonstration_dataset`, and 25 batches of 8 decisions at random from `DemonstrationCollator`, twice: the second time
+  everything lies in its cache;
 - `load`: all at once by `load_trajectories`, for comparison (not of 10,000).
 
-Measured are the process's peak resident memory, how much of it was added after the imports (both MB), and the seconds it took.
+Measured are the process's peak resident memory, how much of it was added after the imports (both MB), and the seconds it took; of
+`imitate` also the milliseconds for each decision of the second time. `--folder data/demos` measures `imitate` with a dataset of yours.
 """
 
 import argparse
@@ -21,7 +24,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,9 +36,11 @@ from tqdm.auto import tqdm
 
 from trl_stare import get_plan
 from trl_stare.data import (
+    DemonstrationCollator,
     Trajectory,
     TrajectoryFolder,
     build_pairs,
+    demonstration_dataset,
     load_trajectories,
     pairs_dataset,
     save_trajectories,
@@ -44,7 +49,8 @@ from trl_stare.data import (
 
 PLAN = get_plan("StackCube-v1")
 SIZES = (100, 1_000, 10_000)
-OPERATIONS = ("open", "read", "pairs", "validate", "convert", "load")
+BATCHES, BATCH_SIZE = 25, 8
+OPERATIONS = ("open", "read", "pairs", "validate", "convert", "imitate", "load")
 DECISIONS, CHUNK, PIXELS, PER_SEED = 6, 4, 32, 5
 
 
@@ -63,7 +69,7 @@ class Made(Sequence[Trajectory]):
 
 
 def make_episode(index: int) -> Trajectory:
-    """Random numbers and a picture that fades; contact in the middle of two episodes of three."""
+    """Random numbers and a picture that fades; the gripper is at the object, and touches it, from the middle on in two of three."""
     g = torch.Generator().manual_seed(index)
     steps = DECISIONS * CHUNK
     rows = torch.arange(steps + 1)
@@ -80,6 +86,9 @@ def make_episode(index: int) -> Trajectory:
     }
     signals |= {name: torch.zeros(steps + 1, dtype=torch.bool) for name in ("is_grasped", "success")}
     signals["is_contact"] = (rows >= steps // 2) & (index % 3 > 0)
+    signals["tcp_position"] = torch.where(
+        signals["is_contact"][:, None], signals["object_position"], signals["tcp_position"]
+    )
     actions = torch.randn(steps, 7, generator=g)
     return Trajectory(
         task=PLAN.task,
@@ -119,12 +128,38 @@ def measure(operation: str, folder: str, scratch: str) -> dict[str, float]:
         validate_dataset(folder)
     elif operation == "load":
         load_trajectories(folder)
+    elif operation == "imitate":
+        load_batches = batches_of(TrajectoryFolder(folder, cache_dir=Path(scratch) / "pictures").light(), places)
+        load_batches()
+        again = time.perf_counter()
+        load_batches()
+        decision_ms = 1000 * (time.perf_counter() - again) / (BATCHES * BATCH_SIZE)
+        return {"decision_ms": decision_ms} | figures(before, began)
     else:
         pairs = build_pairs(TrajectoryFolder(folder, images=False), PLAN, max_pairs_per_start=1).pairs
         if operation == "convert":
             rows = pairs_dataset(TrajectoryFolder(folder), pairs, file=Path(scratch) / "pairs.arrow")
             for _ in range(200):
                 rows[places.randrange(len(rows))]
+    return figures(before, began)
+
+
+def batches_of(episodes: TrajectoryFolder, places: random.Random) -> Callable[[], None]:
+    """What loads batches of imitation, but for the policy's own `prepare`."""
+    rows = demonstration_dataset(episodes, get_plan(episodes[0].task))
+    collate = DemonstrationCollator(
+        episodes, lambda obs: {"images": obs.images}, lambda chunk: chunk.flatten(1), CHUNK
+    )
+
+    def load() -> None:
+        for _ in range(BATCHES):
+            collate([rows[places.randrange(len(rows))] for _ in range(BATCH_SIZE)])
+
+    return load
+
+
+def figures(before: float, began: float) -> dict[str, float]:
+    """Peak memory, what of it was added, and seconds."""
     return {"added_mb": peak_mb() - before, "peak_mb": peak_mb(), "seconds": time.perf_counter() - began}
 
 
@@ -145,9 +180,14 @@ def measure_all(sizes: Sequence[int]) -> dict[str, Any]:
             table[str(size)] = {"on_disk_mb": megabytes}
             operations = [name for name in OPERATIONS if name != "load" or size <= 1_000]
             for operation in tqdm(operations, desc=f"{size} episodes"):
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                    table[str(size)][operation] = process.submit(measure, operation, folder, scratch).result()
+                table[str(size)][operation] = measure_apart(operation, folder, scratch)
     return table
+
+
+def measure_apart(operation: str, folder: str, scratch: str) -> dict[str, float]:
+    """[`measure`] in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, operation, folder, scratch).result()
 
 
 def main() -> None:
@@ -155,8 +195,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="episodes of the datasets")
+    parser.add_argument("--folder", help="measure `imitate` with the episodes there")
     args = parser.parse_args()
-    results = {"cores": len(os.sched_getaffinity(0)), "machine": platform.platform(), "sizes": measure_all(args.sizes)}
+    results: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "machine": platform.platform()}
+    if args.folder:
+        with TemporaryDirectory() as scratch:
+            results["imitate"] = measure_apart("imitate", args.folder, scratch)
+    else:
+        results["sizes"] = measure_all(args.sizes)
     Console().print_json(data=results)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -2,17 +2,20 @@
 
 import pickle
 from dataclasses import fields, replace
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from trl_stare.data import collators, schema
+from trl_stare.data import folder as folder_module
 from trl_stare.data.collators import PreferenceCollator, pairs_dataset
 from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_dataset
 from trl_stare.data.folder import TrajectoryFolder
 from trl_stare.data.pairs import build_pairs
-from trl_stare.data.schema import load_trajectories, save_trajectories
+from trl_stare.data.schema import decode_png, load_trajectories, save_trajectories
 from trl_stare.stages import get_plan
 
 PLAN = get_plan("StackCube-v1")
@@ -98,6 +101,57 @@ def test_training_data_are_those_of_the_list(saved, tmp_path, monkeypatch):
         for given in (sequence, episodes)
     ]
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[1])
+
+
+def test_one_picture_of_an_episode_is_decoded(saved, tmp_path, monkeypatch):
+    """Of those that a batch of demonstrations looks at, and no other: an episode at 224 px takes a tenth of a second."""
+    folder, episodes = saved
+    sequence, decoded = TrajectoryFolder(folder, cache_dir=tmp_path), []
+    for module in (schema, folder_module):
+        monkeypatch.setattr(module, "decode_png", lambda data: decoded.append(1) or decode_png(data))
+    for row, decision in [(22, 0), (0, 2), (9, 1), (-1, 0)]:
+        assert torch.equal(sequence.image(row, decision), episodes[row].images[decision])
+    assert len(decoded) == 4
+    rows = [*demonstration_dataset(sequence, PLAN)]
+    assert len(decoded) == 4 + 23  # the last picture of an episode comes with its signals
+    decoded.clear()
+    DemonstrationCollator(sequence, lambda obs: {"images": obs.images}, lambda chunk: chunk.flatten(1), 4)(rows[3:6])
+    assert len(decoded) == 3 + len({row["trajectory"] for row in rows[3:6]})
+    monkeypatch.undo()
+
+    shared = pickle.loads(pickle.dumps(sequence.light()))
+    assert not shared.images and shared.light() is shared
+    assert torch.equal(shared.image(11, 1), episodes[11].images[1])
+    assert list(tmp_path.rglob("*.arrow")) == list(Path(shared.cache_dir).rglob("*.arrow"))
+    for row, decision, what in [
+        (23, 0, "`position`"),
+        (0, 3, r"`decision` must be in \[0, 3\), got 3"),
+        (0, -1, "`decision`"),
+    ]:
+        with pytest.raises(IndexError, match=what):
+            sequence.image(row, decision)
+
+
+def test_a_picture_of_a_folder_that_was_written_anew_is_the_new_one(episode, tmp_path):
+    for shade in (10, 200):
+        made = replace(episode(0), images=torch.full_like(episode(0).images, shade))
+        save_trajectories([made], tmp_path / "data", PLAN)
+        sequence = TrajectoryFolder(tmp_path / "data", cache_dir=tmp_path / "cache")
+        assert sequence.image(0, 0).unique().tolist() == [shade]
+
+
+def test_a_damaged_picture_is_named(episode, tmp_path):
+    save_trajectories([episode(0), episode(1)], tmp_path / "data", PLAN)
+    (file,) = (tmp_path / "data").glob("*.parquet")
+    table = pq.read_table(file)
+    cells = table["images"].to_pylist()
+    cells[1][1]["bytes"] = b"no picture"
+    place, column = table.schema.get_field_index("images"), table.schema.field("images")
+    pq.write_table(table.set_column(place, column, pa.array(cells, column.type)), file)
+    sequence = TrajectoryFolder(tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert torch.equal(sequence.image(1, 0), episode(1).images[0])
+    with pytest.raises(ValueError, match=rf"`{file}`, row 1, the picture of decision 1 cannot be read"):
+        sequence.image(1, 1)
 
 
 def test_pairs_across_starts_read_an_episode_once(saved, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from trl_stare.data.folder import TrajectoryFolder
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import Observation
 from trl_stare.stages import StagePlan, segment, stage_per_step
@@ -24,7 +25,7 @@ def demonstration_dataset(trajectories: Sequence[Trajectory], plan: StagePlan) -
     """
     rows = [
         {"trajectory": index, "decision": decision, "stage": stage}
-        for index, trajectory in enumerate(trajectories)
+        for index, trajectory in enumerate(light(trajectories))
         for decision, stage in enumerate(_stage_of_decisions(trajectory, plan))
         if stage >= 0
     ]
@@ -51,7 +52,8 @@ class DemonstrationCollator:
     the expert did after it is no answer to what was seen before it: those steps are masked.
 
     Args:
-        trajectories (`Sequence[Trajectory]`): what the rows refer to.
+        trajectories (`Sequence[Trajectory]`): what the rows refer to. Of a [`TrajectoryFolder`] only the pictures that a batch
+            looks at are decoded.
         prepare (`Callable`): the policy's `prepare`. encode (`Callable`): the policy's `encode`.
         chunk_size (`int`): `C`.
     """
@@ -63,13 +65,18 @@ class DemonstrationCollator:
         encode: Callable[[Tensor], Tensor],
         chunk_size: int,
     ):
-        self.trajectories, self.prepare, self.encode, self.chunk_size = trajectories, prepare, encode, chunk_size
+        self.trajectories, self.prepare, self.encode, self.chunk_size = (
+            light(trajectories),
+            prepare,
+            encode,
+            chunk_size,
+        )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Model inputs, `trace` `[N, L]`, `mask` `[N, L]` bool and `weight` `[N]`."""
         chosen = [(self.trajectories[row["trajectory"]], row["decision"]) for row in rows]
         obs = Observation(
-            torch.stack([trajectory.images[decision] for trajectory, decision in chosen]),
+            torch.stack([self._image(row["trajectory"], row["decision"]) for row in rows]),
             tuple(trajectory.instruction for trajectory, _ in chosen),
             torch.stack([trajectory.state[decision] for trajectory, decision in chosen]),
         )
@@ -80,8 +87,18 @@ class DemonstrationCollator:
         weight = torch.tensor([row["weight"] for row in rows])
         return {**self.prepare(obs), "trace": trace, "mask": mask, "weight": weight}
 
+    def _image(self, index: int, decision: int) -> Tensor:
+        if isinstance(self.trajectories, TrajectoryFolder):
+            return self.trajectories.image(index, decision)
+        return self.trajectories[index].images[decision]
+
     def _chunk(self, trajectory: Trajectory, start: int) -> tuple[Tensor, Tensor]:
         """Labels `[C, A]`, and `[C]` bool: no mistake was made before that step."""
         steps = torch.arange(start, start + self.chunk_size).clamp(max=trajectory.num_steps - 1)
         mistaken = (trajectory.labels[steps] != trajectory.actions[steps]).any(dim=-1)
         return trajectory.labels[steps], mistaken.cumsum(0) - mistaken.long() == 0
+
+
+def light(trajectories: Sequence[Trajectory]) -> Sequence[Trajectory]:
+    """What is on disk without its pictures, the same object where it is that already."""
+    return trajectories.light() if isinstance(trajectories, TrajectoryFolder) else trajectories

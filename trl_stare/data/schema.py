@@ -34,6 +34,9 @@ from trl_stare.data.trajectory import Trajectory
 from trl_stare.stages import StagePlan, segment
 
 SIGNAL_PREFIX = "signal."
+# Pillow raises `SyntaxError` for a damaged PNG, `torch.stack` a `RuntimeError` for images of unequal sizes
+UNREADABLE = (ValueError, OSError, TypeError, RuntimeError, SyntaxError)
+"""What a cell that cannot be read raises."""
 EPISODES_PER_SHARD = 100
 PAIRS_PER_SHARD = 100_000
 
@@ -300,8 +303,7 @@ def read_cell(table: pa.Table, name: str, row: int, where: str) -> Any:
         if name == "final_image":
             return decode_png(cell.as_py()["bytes"])
         return _to_tensor(cell) if isinstance(cell, pa.ListScalar) and cell.is_valid else cell.as_py()
-    except (ValueError, OSError, TypeError, RuntimeError, SyntaxError) as error:
-        # Pillow raises `SyntaxError` for a damaged PNG, `torch.stack` a `RuntimeError` for images of unequal sizes
+    except UNREADABLE as error:
         raise ValueError(f"{where}, column {name!r} cannot be read: {error}") from error
 
 

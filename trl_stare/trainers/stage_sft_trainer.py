@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_dataset
+from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_dataset, light
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import VLAPolicy
 from trl_stare.stages import StagePlan
@@ -29,7 +29,8 @@ class StageSFTTrainer(SavesAdapterConfig, SFTTrainer):
     Args:
         policy ([`VLAPolicy`]): what is trained.
         args ([`StageSFTConfig`]): the configuration.
-        demonstrations (`Sequence[Trajectory]`): what is imitated; `labels` are the targets.
+        demonstrations (`Sequence[Trajectory]`): what is imitated; `labels` are the targets. Of a [`TrajectoryFolder`] the
+            pictures stay on disk.
         plan ([`StagePlan`]): the task's stages.
         callbacks, optimizers, peft_config (*optional*): as in [`~trl.SFTTrainer`].
 
@@ -59,6 +60,7 @@ class StageSFTTrainer(SavesAdapterConfig, SFTTrainer):
         peft_config: Any = None,
     ):
         self.policy = policy
+        demonstrations = light(demonstrations)  # read once for both the rows and the batches
         model = policy.model.get_base_model() if is_peft_model(policy.model) else policy.model
         with keep_forward(model):
             super().__init__(
