@@ -13,6 +13,7 @@ README = ROOT / "README.md"
 BASE = [
     "accelerate>=1.10.1",
     "datasets>=4.7",
+    "filelock",
     "huggingface_hub",
     "imageio[ffmpeg]",
     "jinja2",

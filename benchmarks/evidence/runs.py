@@ -161,17 +161,19 @@ def run_step(step: Step) -> bool:
 
 def evaluate_start(queue: Queue, checkpoint: Path, file: Path, seed: int) -> None:
     """Evaluate a start checkpoint as the steps evaluate what they trained; once, into `file`."""
-    if file.exists():
-        return
-    logger.info("evaluating %s with sampling seed %d", checkpoint, seed)
-    policy = TokenPolicy.from_pretrained(checkpoint)
-    with closing(
-        make_env(queue.task, queue.num_envs, chunk_size=policy.chunk_size, image_size=policy.image_size)
-    ) as env:
-        _, episodes = evaluate(
-            policy, env, get_plan(queue.task), range(queue.eval_episodes), temperature=queue.temperature, seed=seed
-        )
-    write_episodes(file, episodes)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(file.parent):
+        if file.exists():
+            return
+        logger.info("evaluating %s with sampling seed %d", checkpoint, seed)
+        policy = TokenPolicy.from_pretrained(checkpoint)
+        with closing(
+            make_env(queue.task, queue.num_envs, chunk_size=policy.chunk_size, image_size=policy.image_size)
+        ) as env:
+            _, episodes = evaluate(
+                policy, env, get_plan(queue.task), range(queue.eval_episodes), temperature=queue.temperature, seed=seed
+            )
+        write_episodes(file, episodes)
 
 
 @contextmanager

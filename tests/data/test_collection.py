@@ -1,10 +1,13 @@
 """Collections that are interrupted, continued and extended, on the real simulator."""
 
 import shutil
+import threading
+import time
 
 import datasets
 import pytest
 import torch
+from filelock import FileLock
 
 from trl_stare.actors import load_actor
 from trl_stare.data import collect_dataset, load_trajectories, stored_settings
@@ -36,7 +39,7 @@ def test_a_dataset_that_load_dataset_reads(env, tmp_path):
     assert all(trajectory.policy == "expert" for trajectory in trajectories)
     rows = datasets.load_dataset(str(tmp_path / "demos"), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["id"] == [0, 1, 2, 3, 4] and rows[0]["stage_names"] == list(PLAN.names)
-    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["demos"]
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "demos", ".demos.lock"}
 
 
 class Interrupted(Exception):
@@ -73,6 +76,28 @@ def test_a_finished_collection_is_left_alone_and_can_be_extended(env, tmp_path):
     assert [trajectory.seed for trajectory in collected(env, tmp_path / "demos", 5)] == [0, 1, 2, 3, 4]
 
 
+def test_a_second_process_waits_and_then_finds_it_done(env, tmp_path, caplog):
+    """Two that play the same seeds at once once removed each other's episodes."""
+    entered, ready = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with FileLock(tmp_path / ".demos.lock"):
+            entered.set()
+            while "waiting for it" not in caplog.text:
+                time.sleep(0.05)
+            shutil.copytree(tmp_path / "other", tmp_path / "demos")
+            ready.set()
+
+    played = collected(env, tmp_path / "other", 4)
+    first = threading.Thread(target=hold, daemon=True)
+    first.start()
+    assert entered.wait(60)
+    again = []
+    found = collected(env, tmp_path / "demos", 4, on_episode=again.append)
+    first.join(60)
+    assert ready.is_set() and again == [] and [one.seed for one in found] == [one.seed for one in played]
+
+
 def test_other_settings_are_refused(env, tmp_path):
     collected(env, tmp_path / "demos", 2)
     with pytest.raises(ValueError, match=r"must be new or of the same collection, got .*demos.* with other \['collec"):
@@ -101,7 +126,7 @@ def test_several_episodes_per_seed_each_exactly_once(env, tmp_path):
     extended = collected(env, tmp_path / "demos", 10, **flags)
     assert [trajectory.seed for trajectory in extended] == [7, 7, 7, 8, 8, 8, 9, 9, 9, 10]
     assert all(torch.equal(one.actions, two.actions) for one, two in zip(first, extended[:7], strict=True))
-    assert [path.name for path in tmp_path.iterdir()] == ["demos"]
+    assert {path.name for path in tmp_path.iterdir()} == {"demos", ".demos.lock"}
     with pytest.raises(ValueError, match="`episodes_per_seed` must be 1 with `successes_only`, got 3"):
         collected(env, tmp_path / "other", 3, successes_only=True, episodes_per_seed=3)
 

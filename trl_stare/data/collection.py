@@ -7,14 +7,17 @@ collection keeps whatever was finished, and the same call continues.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from trl_stare.data.actors import Actor
 from trl_stare.data.rollout import stream
@@ -22,6 +25,8 @@ from trl_stare.data.schema import merge_trajectories, save_trajectories, stored_
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import VectorEnv
 from trl_stare.stages import StagePlan
+
+logger = logging.getLogger(__name__)
 
 BLOCK_EPISODES = 256
 """Episodes that are played in one go: after an interruption the current block's randomness begins anew."""
@@ -61,7 +66,8 @@ def collect_dataset(
     Args:
         env (`VectorEnv`): where.
         make_actor (`Callable`): given a generator, who acts; asked once per block of episodes.
-        folder (`str` or `Path`): the dataset; while unfinished, its episodes lie beside it in `.{folder}.partial`.
+        folder (`str` or `Path`): the dataset; while unfinished, its episodes lie beside it in `.{folder}.partial`. Of several
+            processes one collects, the others wait for it.
         plan ([`StagePlan`]): labels the stages.
         episodes (`int`): how many; more than before extends a finished collection.
         episodes_per_seed (`int`): episodes from each initial state; preference pairs need several.
@@ -84,18 +90,35 @@ def collect_dataset(
     _check_counts(episodes, episodes_per_seed, successes_only)
     own = {"policy": name, "first_seed": first_seed, "seed": seed, "successes_only": successes_only}
     own |= {"episodes_per_seed": episodes_per_seed} | dict(settings or {})
-    ledger = _Ledger(Path(folder), dict(env.metadata) | {"collection": own})
-    if on_open is not None:
-        on_open(len(ledger.kept))
-    while keys := ledger.missing(episodes, at_least=env.num_envs)[:BLOCK_EPISODES]:
-        actor = make_actor(_generator(seed, keys[0]))
-        for index, trajectory in stream(env, actor, [key.seed for key in keys], name=name):
-            kept = ledger.add(keys[index], trajectory, plan)
-            if kept and on_episode is not None:
-                on_episode(trajectory)
-    if ledger.single:
-        ledger.merge(episodes)
+    with _alone(Path(folder)):
+        ledger = _Ledger(Path(folder), dict(env.metadata) | {"collection": own})
+        if on_open is not None:
+            on_open(len(ledger.kept))
+        while keys := ledger.missing(episodes, at_least=env.num_envs)[:BLOCK_EPISODES]:
+            actor = make_actor(_generator(seed, keys[0]))
+            for index, trajectory in stream(env, actor, [key.seed for key in keys], name=name):
+                kept = ledger.add(keys[index], trajectory, plan)
+                if kept and on_episode is not None:
+                    on_episode(trajectory)
+        if ledger.single:
+            ledger.merge(episodes)
     return ledger.folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process collects into `folder`: two would play the same seeds and tidy up under each other's feet."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process collects into %s: waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _generator(seed: int, first: Key) -> torch.Generator:
