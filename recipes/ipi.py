@@ -40,19 +40,17 @@ from trl_stare import (
     get_plan,
     make_env,
 )
+from trl_stare.actors import load_actor
 from trl_stare.data import (
+    Trajectory,
     TrajectoryFolder,
     build_pairs,
     collect_dataset,
-    demonstrate_successes,
     format_yield,
-    load_trajectories,
     pairs_dataset,
     save_pairs,
-    save_trajectories,
 )
 from trl_stare.data.actors import policy_actor
-from trl_stare.envs import get_simulated_task
 from trl_stare.evaluation import (
     PHASES,
     PLAIN_PPO,
@@ -139,7 +137,7 @@ def main(args: IPIArguments) -> None:
     # everything that can be refused is refused before any work
     configs = {phase: trainer_config(args, phase) for phase in rounds(args, args.phases.split(","))}
     import_tasks(args.task_module)
-    simulated, plan = get_simulated_task(args.task), get_plan(args.task)
+    plan = get_plan(args.task)
     if args.init_checkpoint:
         load_policy(args, args.init_checkpoint)
     out = claim_folder(args.output_dir, asdict(args), free=("phases", "init_checkpoint", "output_dir"))
@@ -149,10 +147,10 @@ def main(args: IPIArguments) -> None:
     todo = [phase for phase in configs if phase not in records.done]
     set_seed(args.seed)
 
-    demonstrations = []
+    demonstrations: Sequence[Trajectory] = []
     if "imitation" in todo and not records.is_trained("imitation"):
         with watch("demonstrations"), closing(make(args, chunk_size=1)) as env:
-            demonstrations = collect_demonstrations(args, env, simulated.demonstrate, plan)
+            demonstrations = collect_demonstrations(args, env, plan)
 
     with closing(make(args, chunk_size=args.chunk_size)) as env:
         for phase in todo:
@@ -176,7 +174,7 @@ def main(args: IPIArguments) -> None:
     report(args, watch.seconds)
 
 
-def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: list, plan: Any) -> None:
+def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: Sequence[Trajectory], plan: Any) -> None:
     """Phase 1: a new small VLA (or `init_checkpoint`) imitates the demonstrations."""
     if args.init_checkpoint:
         policy = load_policy(args, args.init_checkpoint)
@@ -231,22 +229,19 @@ def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: A
     save_phase(args, "interaction", trainer, trainer.env_steps, list(starts["seed"]))
 
 
-def collect_demonstrations(args: IPIArguments, env: Any, expert: Any, plan: Any) -> list:
-    """`num_demonstrations` successful ones, from as many seeds as that takes."""
-    folder = Path(args.output_dir) / "data" / "demonstrations"
-    if PartialState().is_main_process and not folder.exists():
-        if expert is None:
-            raise ValueError(f"`task` must have a demonstrator, got {args.task!r} without. Give `init_checkpoint`.")
-        with tqdm(total=args.num_demonstrations, desc="demonstrations", unit="episode") as bar:
-            shown = demonstrate_successes(
-                env, expert, args.num_demonstrations, first_seed=DEMO_SEEDS, noise=args.demonstration_noise,
-                mistake_size=get_simulated_task(args.task).mistake_size,
-                generator=torch.Generator().manual_seed(args.seed),
-                on_episode=lambda trajectory: bar.update(int(trajectory.success_once)),
+def collect_demonstrations(args: IPIArguments, env: Any, plan: Any) -> TrajectoryFolder:
+    """`num_demonstrations` successful ones, from as many seeds as that takes; an interrupted collection continues."""
+    data, count = Path(args.output_dir) / "data", args.num_demonstrations
+    if PartialState().is_main_process and not (data / "demonstrations").exists():
+        expert = load_actor("expert", args.task, noise=args.demonstration_noise)
+        with tqdm(total=count, desc="demonstrations", unit="episode") as bar:
+            collect_dataset(
+                env, expert.make, data / "demonstrations", plan, episodes=count, first_seed=DEMO_SEEDS, seed=args.seed,
+                successes_only=True, name=expert.name, settings={"noise": args.demonstration_noise},
+                on_open=lambda done: bar.update(min(done, count)), on_episode=lambda _: bar.update(),
             )  # fmt: skip
-        save_trajectories(shown, folder, plan, metadata=env.metadata)
     PartialState().wait_for_everyone()
-    return load_trajectories(folder)
+    return TrajectoryFolder(data / "demonstrations", cache_dir=data / "_images").light()
 
 
 def collect_rollouts(

@@ -35,8 +35,8 @@ from trl_stare import (
     get_plan,
     make_env,
 )
-from trl_stare.data import demonstrate_successes, load_trajectories, save_trajectories
-from trl_stare.envs import get_simulated_task
+from trl_stare.actors import load_actor
+from trl_stare.data import TrajectoryFolder, collect_dataset
 from trl_stare.evaluation import PLAIN_PPO, write_episodes, write_model_card
 from trl_stare.policies import norm_stats
 from trl_stare.policies.adapters import merge_adapter
@@ -141,11 +141,12 @@ def imitate(args: PPOArguments, config: StagePPOConfig, plan: Any) -> None:
     out, state = Path(config.output_dir), PartialState()
     if state.is_main_process and not (out / "demonstrations").exists():
         with closing(make(args, chunk_size=1, image_size=args.image_size or NEW_IMAGE_SIZE)) as env:
-            expert = get_simulated_task(args.task).demonstrate
-            shown = demonstrate_successes(env, expert, args.demonstrations, first_seed=DEMO_SEEDS)
-            save_trajectories(shown, out / "demonstrations", plan, metadata=env.metadata)
+            collect_dataset(
+                env, load_actor("expert", args.task).make, out / "demonstrations", plan,
+                episodes=args.demonstrations, first_seed=DEMO_SEEDS, successes_only=True, name="expert",
+            )  # fmt: skip
     state.wait_for_everyone()
-    shown = load_trajectories(out / "demonstrations")
+    shown = TrajectoryFolder(out / "demonstrations", cache_dir=out / "_images").light()
     stats = norm_stats(torch.cat([d.labels for d in shown]), torch.cat([d.state for d in shown]))
     set_seed(config.seed)
     policy = TokenPolicy.create_tiny(

@@ -8,7 +8,7 @@ import torch
 from ppo_toy import PLAN, ToyEnv, logged, make_policy, make_trainer, make_trajectory
 
 from trl_stare import get_plan, make_env
-from trl_stare.data import demonstrate_successes, play
+from trl_stare.data import demonstrate, play
 from trl_stare.envs import get_simulated_task
 from trl_stare.interfaces import EpisodeStart
 from trl_stare.stages import Stage, StagePlan
@@ -171,7 +171,7 @@ def test_in_the_simulator_beginnings_lie_at_the_entry_of_their_stage():
     """Two demonstrations of StackCube-v1, begun anew at each of their later stages."""
     plan = get_plan("StackCube-v1")
     with closing(make_env("StackCube-v1", 2, num_workers=1, chunk_size=1, image_size=32)) as env:
-        shown = demonstrate_successes(env, get_simulated_task("StackCube-v1").demonstrate, 2, first_seed=100_000)
+        shown = demonstrate(env, get_simulated_task("StackCube-v1").demonstrate, [100_000, 100_001])
         curriculum = StageCurriculum(plan, share=1.0, pool_size=2, seed=0, max_episode_steps=env.max_episode_steps)
         curriculum.add(shown)
         for stage in (1, 2, 3):

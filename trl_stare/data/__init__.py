@@ -5,7 +5,7 @@ from trl_stare.data.collection import collect_dataset
 from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_dataset
 from trl_stare.data.folder import TrajectoryFolder
 from trl_stare.data.pairs import PairSet, StagePair, build_pairs, format_yield
-from trl_stare.data.rollout import collect, demonstrate, demonstrate_successes, play, replay, stream
+from trl_stare.data.rollout import collect, demonstrate, play, replay, stream
 from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories, stored_settings
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.data.validate import InvalidDatasetError, validate_dataset
@@ -22,7 +22,6 @@ __all__ = [
     "collect",
     "collect_dataset",
     "demonstrate",
-    "demonstrate_successes",
     "demonstration_dataset",
     "format_yield",
     "load_pairs",

@@ -119,36 +119,6 @@ def demonstrate(
     return collect(env, act, seeds, name="expert", on_episode=on_episode)
 
 
-def demonstrate_successes(
-    env: VectorEnv,
-    expert: Callable[[Signals], Tensor],
-    count: int,
-    *,
-    first_seed: int,
-    noise: float = 0.0,
-    mistake_size: float = 0.6,
-    generator: torch.Generator | None = None,
-    on_episode: Callable[[Trajectory], None] | None = None,
-) -> list[Trajectory]:
-    """The first `count` successful demonstrations from `first_seed` on; see [`demonstrate`].
-
-    Raises:
-        RuntimeError: if fewer than one in twenty succeeds.
-    """
-    kept: list[Trajectory] = []
-    seed, most = first_seed, first_seed + 20 * count + env.num_envs
-    while len(kept) < count:
-        if seed >= most:
-            raise RuntimeError(f"only {len(kept)} of {seed - first_seed} demonstrations succeeded. Lower the noise.")
-        seeds = range(seed, seed + max(count - len(kept), env.num_envs))
-        seed = seeds.stop
-        shown = demonstrate(
-            env, expert, seeds, noise=noise, mistake_size=mistake_size, generator=generator, on_episode=on_episode
-        )
-        kept += [trajectory for trajectory in shown if trajectory.success_once]
-    return kept[:count]
-
-
 def replay(env: VectorEnv, trajectory: Trajectory) -> Trajectory:
     """Execute the recorded actions again, one environment step at a time: the same states, seen at every step.
 
