@@ -8,7 +8,8 @@
 `--unnorm_key` says which of a published checkpoint's statistics scale the actions, `--new_statistics` takes them from the
 demonstrations (another robot); what is saved holds these only, so that no later command needs a key. What LeRobot wrote (pi0) has
 neither tokenizer nor statistics: `--tokenizer` names the one, the others are the demonstrations'. The same command with the same
-`--output_dir` continues where it stopped.
+`--output_dir` continues where it stopped. Pictures are mapped from the cache of `datasets`, a copy as large as the demonstrations
+(`HF_DATASETS_CACHE` says where).
 """
 
 from dataclasses import dataclass, field
