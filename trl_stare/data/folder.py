@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from trl_stare.data.parquet import check_columns, open_file, parquet_files, read_group
-from trl_stare.data.schema import TRAJECTORY_FEATURES, UNREADABLE, decode_png, to_trajectory
+from trl_stare.data.schema import PICTURES, TRAJECTORY_FEATURES, UNREADABLE, decode_png, to_trajectory
 from trl_stare.data.trajectory import Trajectory
 
 LIGHT_EPISODES = 4096
@@ -43,8 +43,8 @@ class TrajectoryFolder(Sequence[Trajectory]):
 
     Args:
         folder (`str` or `Path`): parquet files.
-        images (`bool`): without them, `images` is `[M, 0, 0, 3]` and reading is many times as fast: enough for whatever looks
-            at signals and actions only, as [`build_pairs`] does.
+        images (`bool`): without them, `images` is `[M, 0, 0, 3]`, `final_image` `[0, 0, 3]`, and reading is many times as fast:
+            enough for whatever looks at signals and actions only, as [`build_pairs`] does.
         cache_size (`int`): episodes that are kept as they were read, at least 1.
         cache_dir (`str` or `Path`, *optional*): where [`TrajectoryFolder.image`] maps pictures from; by default, the cache of
             `datasets` (`HF_DATASETS_CACHE`).
@@ -152,7 +152,7 @@ class TrajectoryFolder(Sequence[Trajectory]):
         with open_file(file) as source:
             check_columns(file, source, TRAJECTORY_FEATURES)
             if not self.images:
-                self._columns = [name for name in source.schema_arrow.names if name != "images"]
+                self._columns = [name for name in source.schema_arrow.names if name not in PICTURES]
             sizes = [source.metadata.row_group(group).num_rows for group in range(source.num_row_groups)]
         starts = accumulate(sizes, initial=0)
         for group, (first_row, _) in enumerate(zip(starts, sizes, strict=False)):

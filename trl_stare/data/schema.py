@@ -37,6 +37,8 @@ SIGNAL_PREFIX = "signal."
 # Pillow raises `SyntaxError` for a damaged PNG, `torch.stack` a `RuntimeError` for images of unequal sizes
 UNREADABLE = (ValueError, OSError, TypeError, RuntimeError, SyntaxError)
 """What a cell that cannot be read raises."""
+PICTURES = ("images", "final_image")
+"""Columns that take most of the space."""
 EPISODES_PER_SHARD = 100
 PAIRS_PER_SHARD = 100_000
 
@@ -274,7 +276,7 @@ def _to_row(index: int, trajectory: Trajectory, plan: StagePlan, note: str) -> d
 
 
 def to_trajectory(table: pa.Table, row: int, where: str) -> Trajectory:
-    """One row of a trajectories table. Without the column `images`, they are `[M, 0, 0, 3]`.
+    """One row of a trajectories table. Without the columns of [`PICTURES`] these are empty, `[M, 0, 0, 3]` and `[0, 0, 3]`.
 
     Raises:
         ValueError: if a cell cannot be read; begins with `where` and names the column.
@@ -287,6 +289,7 @@ def to_trajectory(table: pa.Table, row: int, where: str) -> Trajectory:
             values[name] = read_cell(table, name, row, where)
     if "images" not in values:
         values["images"] = torch.zeros(len(values["starts"]), 0, 0, 3, dtype=torch.uint8)
+        values["final_image"] = torch.zeros(0, 0, 3, dtype=torch.uint8)
     return Trajectory(**values)
 
 
