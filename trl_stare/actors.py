@@ -57,7 +57,9 @@ def load_actor(policy: str, task: str, *, noise: float = 0.0, temperature: float
     if policy == "expert":
         expert, size = simulated.demonstrate, simulated.mistake_size
         if expert is None:
-            raise ValueError(f"`task` must have a demonstrator for the expert to act, got {task!r} without.")
+            raise ValueError(
+                f"`task` must have a demonstrator for the expert to act, got {task!r} without. Register one, or name a checkpoint."
+            )
         expert_actor(expert, noise=noise)  # a wrong `noise` is refused now, not in the first rollout
         return NamedActor(
             "expert", lambda generator: expert_actor(expert, noise=noise, mistake_size=size, generator=generator)
