@@ -26,7 +26,6 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from trl_stare import (
@@ -70,7 +69,7 @@ from trl_stare.evaluation import (
 from trl_stare.interfaces import ACTION_DIM
 from trl_stare.policies import norm_stats
 from trl_stare.policies.adapters import merge_checkpoint
-from trl_stare.runs import Stopwatch, as_number, claim_folder, set_entries
+from trl_stare.runs import Stopwatch, as_number, claim_folder, last_checkpoint, set_entries
 from trl_stare.tasks import import_tasks
 
 logger = logging.getLogger("ipi")
@@ -184,7 +183,7 @@ def imitate(args: IPIArguments, config: StageSFTConfig, demonstrations: Sequence
             {args.task: stats}, image_size=args.image_size, chunk_size=args.chunk_size, **args.policy
         )
     trainer = StageSFTTrainer(policy, config, demonstrations, plan, peft_config=lora_config(args))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
+    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
     env_steps = sum(demonstration.num_steps for demonstration in demonstrations)
     save_phase(args, "imitation", trainer, env_steps, [demonstration.seed for demonstration in demonstrations])
 
@@ -209,7 +208,7 @@ def prefer(args: IPIArguments, phase: str, config: StageDPOConfig, checkpoint: s
         pairs_dataset(rollouts, pairs.pairs, file=rows)
     PartialState().wait_for_everyone()
     trainer = StageDPOTrainer(policy, config, Dataset.from_file(str(rows)), peft_config=lora_config(args))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir))
+    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
     env_steps = sum(rollout.num_steps for rollout in signals)
     pair_yield = {stage: dict(counts) for stage, counts in pairs.yield_table.items()}
     save_phase(args, phase, trainer, env_steps, [rollout.seed for rollout in signals], pair_yield=pair_yield)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser
 
 from trl_stare import StageSFTConfig, StageSFTTrainer, TokenPolicy, get_plan
@@ -26,6 +25,7 @@ from trl_stare.data import TrajectoryFolder
 from trl_stare.policies import load_lerobot_policy, quantile_statistics
 from trl_stare.policies.adapters import merge_adapter
 from trl_stare.policies.conventions import get_convention
+from trl_stare.runs import last_checkpoint
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config
 
@@ -69,7 +69,7 @@ def main(args: SFTArguments, config: StageSFTConfig, model_args: ModelConfig) ->
     policy = load(args, model_args)
     peft_config = get_policy_peft_config(model_args)
     trainer = StageSFTTrainer(policy, config, shown, get_plan(shown[0].task), peft_config=peft_config)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or get_last_checkpoint(config.output_dir))
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_checkpoint(config.output_dir))
     if peft_config is None:
         trainer.save_model(config.output_dir)
     elif PartialState().is_main_process:

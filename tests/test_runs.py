@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_stare.runs import Stopwatch, as_number, claim_folder, set_entries
+from trl_stare.runs import Stopwatch, as_number, claim_folder, last_checkpoint, set_entries
 
 
 @dataclass
@@ -73,3 +73,10 @@ def test_a_flag_of_no_section_is_refused_and_the_sections_are_named(flag):
         ValueError, match=f"unknown flag '{flag}'. Entries of training are given as --training.name value"
     ):
         set_entries(Settings(), [flag, "1"])
+
+
+def test_the_last_checkpoint_of_a_folder_that_rank_0_has_yet_to_make(tmp_path):
+    assert last_checkpoint(tmp_path / "new") is None and last_checkpoint(tmp_path) is None
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from transformers.trainer_utils import get_last_checkpoint
 
 Settings = TypeVar("Settings")
 
@@ -96,3 +97,13 @@ def set_entries(settings: Settings, flags: Sequence[str]) -> Settings:
             )
         sections[section][name] = yaml.safe_load(value)
     return settings
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint in a trainer's output folder; `None` where there is none, or no folder yet.
+
+    Rank 0 alone makes the folder, when its trainer is built: the others may be here before.
+
+    Example: `last_checkpoint("new")` is `None`, where [`~transformers.trainer_utils.get_last_checkpoint`] raises.
+    """
+    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
