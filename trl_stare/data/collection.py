@@ -94,15 +94,30 @@ def collect_dataset(
         ledger = _Ledger(Path(folder), dict(env.metadata) | {"collection": own})
         if on_open is not None:
             on_open(len(ledger.kept))
-        while keys := ledger.missing(episodes, at_least=env.num_envs)[:BLOCK_EPISODES]:
-            actor = make_actor(_generator(seed, keys[0]))
-            for index, trajectory in stream(env, actor, [key.seed for key in keys], name=name):
-                kept = ledger.add(keys[index], trajectory, plan)
-                if kept and on_episode is not None:
-                    on_episode(trajectory)
+        for trajectory in _play_missing(ledger, env, make_actor, plan, episodes=episodes, seed=seed, name=name):
+            if on_episode is not None:
+                on_episode(trajectory)
         if ledger.single:
             ledger.merge(episodes)
     return ledger.folder
+
+
+def _play_missing(
+    ledger: _Ledger,
+    env: VectorEnv,
+    make_actor: Callable[[torch.Generator], Actor],
+    plan: StagePlan,
+    *,
+    episodes: int,
+    seed: int,
+    name: str,
+) -> Iterator[Trajectory]:
+    """Play what `ledger` has not yet, block by block, write it down, and yield what is kept."""
+    while keys := ledger.missing(episodes, at_least=env.num_envs)[:BLOCK_EPISODES]:
+        actor = make_actor(_generator(seed, keys[0]))
+        for index, trajectory in stream(env, actor, [key.seed for key in keys], name=name):
+            if ledger.add(keys[index], trajectory, plan):
+                yield trajectory
 
 
 @contextmanager

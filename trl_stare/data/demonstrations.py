@@ -65,12 +65,8 @@ class DemonstrationCollator:
         encode: Callable[[Tensor], Tensor],
         chunk_size: int,
     ):
-        self.trajectories, self.prepare, self.encode, self.chunk_size = (
-            light(trajectories),
-            prepare,
-            encode,
-            chunk_size,
-        )
+        self.trajectories = light(trajectories)
+        self.prepare, self.encode, self.chunk_size = prepare, encode, chunk_size
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Model inputs, `trace` `[N, L]`, `mask` `[N, L]` bool and `weight` `[N]`."""
