@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from trl_stare import StageDPOConfig, StageDPOTrainer, TokenPolicy, get_plan, make_env
@@ -126,22 +125,18 @@ def collect(
     args: Arguments, config: StageDPOConfig, folder: Path, env: Any, policy: TokenPolicy, plan: Any
 ) -> TrajectoryFolder:
     """Rollouts of the checkpoint, checked, on disk and without their images in memory."""
-    count = args.starts * args.episodes_per_seed
-    with tqdm(total=count, desc="rollouts", unit="episode") as bar:
-        collect_dataset(
-            env,
-            lambda generator: policy_actor(policy, temperature=config.temperature, generator=generator),
-            folder,
-            plan,
-            episodes=count,
-            episodes_per_seed=args.episodes_per_seed,
-            first_seed=args.first_seed,
-            seed=config.seed,
-            name=args.checkpoint,
-            settings={"temperature": config.temperature},
-            on_open=lambda done: bar.update(min(done, count)),
-            on_episode=lambda _: bar.update(),
-        )
+    collect_dataset(
+        env,
+        lambda generator: policy_actor(policy, temperature=config.temperature, generator=generator),
+        folder,
+        plan,
+        episodes=args.starts * args.episodes_per_seed,
+        episodes_per_seed=args.episodes_per_seed,
+        first_seed=args.first_seed,
+        seed=config.seed,
+        name=args.checkpoint,
+        settings={"temperature": config.temperature},
+    )
     validate_dataset(folder)
     rollouts = TrajectoryFolder(folder)
     check_traces(rollouts, policy)

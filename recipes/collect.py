@@ -13,7 +13,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm.auto import tqdm
 from trl import TrlParser
 
 from trl_stare import get_plan, make_env
@@ -69,7 +68,7 @@ def main(args: CollectArguments) -> None:
         image_size=args.image_size or actor.image_size,
         visuals=args.visuals,
     )
-    with closing(env), tqdm(total=args.episodes, desc=args.task, unit="episode") as bar:
+    with closing(env):
         folder = collect_dataset(
             env,
             actor.make,
@@ -82,8 +81,6 @@ def main(args: CollectArguments) -> None:
             successes_only=args.successes_only,
             name=actor.name,
             settings=settings,
-            on_open=lambda count: bar.update(min(count, args.episodes)),
-            on_episode=lambda _: bar.update(),
         )
     logger.info("%s holds %d episodes", folder, len(stored_settings(folder)[0]))
 

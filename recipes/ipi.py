@@ -24,7 +24,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tqdm.auto import tqdm
 from transformers import set_seed
 from trl import TrlParser
 
@@ -230,15 +229,13 @@ def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: A
 
 def collect_demonstrations(args: IPIArguments, env: Any, plan: Any) -> TrajectoryFolder:
     """`num_demonstrations` successful ones, from as many seeds as that takes; an interrupted collection continues."""
-    data, count = Path(args.output_dir) / "data", args.num_demonstrations
+    data = Path(args.output_dir) / "data"
     if PartialState().is_main_process and not (data / "demonstrations").exists():
         expert = load_actor("expert", args.task, noise=args.demonstration_noise)
-        with tqdm(total=count, desc="demonstrations", unit="episode") as bar:
-            collect_dataset(
-                env, expert.make, data / "demonstrations", plan, episodes=count, first_seed=DEMO_SEEDS, seed=args.seed,
-                successes_only=True, name=expert.name, settings={"noise": args.demonstration_noise},
-                on_open=lambda done: bar.update(min(done, count)), on_episode=lambda _: bar.update(),
-            )  # fmt: skip
+        collect_dataset(
+            env, expert.make, data / "demonstrations", plan, episodes=args.num_demonstrations, first_seed=DEMO_SEEDS,
+            seed=args.seed, successes_only=True, name=expert.name, settings={"noise": args.demonstration_noise},
+        )  # fmt: skip
     PartialState().wait_for_everyone()
     return TrajectoryFolder(data / "demonstrations", cache_dir=data / "_images").light()
 
@@ -247,14 +244,11 @@ def collect_rollouts(
     args: IPIArguments, policy: TokenPolicy, env: Any, plan: Any, folder: Path, first_seed: int
 ) -> None:
     """`rollouts_per_start` episodes from each of `preference_starts` initial states; an interrupted collection continues."""
-    count = args.preference_starts * args.rollouts_per_start
-    with tqdm(total=count, desc="rollouts", unit="episode") as bar:
-        collect_dataset(
-            env, lambda generator: policy_actor(policy, temperature=args.temperature, generator=generator), folder, plan,
-            episodes=count, episodes_per_seed=args.rollouts_per_start, first_seed=first_seed, seed=args.seed,
-            settings={"temperature": args.temperature},
-            on_open=lambda done: bar.update(min(done, count)), on_episode=lambda _: bar.update(),
-        )  # fmt: skip
+    collect_dataset(
+        env, lambda generator: policy_actor(policy, temperature=args.temperature, generator=generator), folder, plan,
+        episodes=args.preference_starts * args.rollouts_per_start, episodes_per_seed=args.rollouts_per_start,
+        first_seed=first_seed, seed=args.seed, settings={"temperature": args.temperature},
+    )  # fmt: skip
 
 
 def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:

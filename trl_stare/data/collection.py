@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
 from trl_stare.data.actors import Actor
 from trl_stare.data.rollout import stream
@@ -54,7 +55,7 @@ def collect_dataset(
     successes_only: bool = False,
     name: str = "policy",
     settings: Mapping[str, Any] | None = None,
-    on_open: Callable[[int], None] | None = None,
+    progress: bool = True,
     on_episode: Callable[[Trajectory], None] | None = None,
 ) -> Path:
     """Play seeds from `first_seed` on until `folder` holds `episodes` episodes; continue what is there.
@@ -76,8 +77,8 @@ def collect_dataset(
         successes_only (`bool`): keep successful episodes only, and play as many seeds as that takes.
         name (`str`): who acted, as stored.
         settings (`Mapping`, *optional*): what else the episodes depend on; stored with them.
-        on_open (`Callable`, *optional*): told how many episodes are there already.
-        on_episode (`Callable`, *optional*): told of every episode that was kept (a progress bar).
+        progress (`bool`): show a progress bar, which has the folder's name.
+        on_episode (`Callable`, *optional*): told of every episode that was kept.
 
     Returns:
         `Path`: `folder`, which [`load_trajectories`] and `datasets.load_dataset` read.
@@ -92,11 +93,12 @@ def collect_dataset(
     own |= {"episodes_per_seed": episodes_per_seed} | dict(settings or {})
     with _alone(Path(folder)):
         ledger = _Ledger(Path(folder), dict(env.metadata) | {"collection": own})
-        if on_open is not None:
-            on_open(len(ledger.kept))
-        for trajectory in _play_missing(ledger, env, make_actor, plan, episodes=episodes, seed=seed, name=name):
-            if on_episode is not None:
-                on_episode(trajectory)
+        there = min(len(ledger.kept), episodes)
+        with tqdm(total=episodes, initial=there, desc=ledger.folder.name, unit="episode", disable=not progress) as bar:
+            for trajectory in _play_missing(ledger, env, make_actor, plan, episodes=episodes, seed=seed, name=name):
+                bar.update()
+                if on_episode is not None:
+                    on_episode(trajectory)
         if ledger.single:
             ledger.merge(episodes)
     return ledger.folder
