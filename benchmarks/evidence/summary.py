@@ -1,0 +1,215 @@
+"""What queues have found, all of them together: one table of methods against each other, and one figure of what stages change.
+
+    python -m benchmarks.evidence.summary docs/evidence/*.json --output docs/comparisons
+
+From the repository's root. Writes `docs/comparisons.md` and `docs/comparisons.png`. In the figure are whole trajectories against stages only,
+over how often the policy succeeds that both begin from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.evidence.curves import COLORS
+from trl_stare.evaluation import Difference, mean_difference
+from trl_stare.evaluation.report import markdown_table
+
+logger = logging.getLogger("summary")
+
+PHASES = {"ppo": "interaction", "tpo": "preference"}
+"""By how a method's name ends, or what stands before its `-sum`."""
+START = "start"
+"""The method of a checkpoint that others are compared with: none."""
+FEW = 3
+"""From so many training seeds on an interval is drawn: that of two is nearly always wider than the figure."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Two methods from one start, or one against the start itself, on the same held-out seeds.
+
+    Args:
+        file (`str`): name of the queue's results. task (`str`): its task.
+        a (`Mapping`), b (`Mapping`): the arms, as the queue has them; `a` may be the start.
+        start (`float`): success of the checkpoint they begin from, in [0, 1]. origin (`str`): what tells it from others.
+        differences (`tuple[float, ...]`): `b` minus `a`, one a training seed, in [-1, 1].
+        p_value (`float`): exact McNemar test of all episodes, which knows nothing of training seeds.
+    """
+
+    file: str
+    task: str
+    a: Mapping[str, Any]
+    b: Mapping[str, Any]
+    start: float
+    origin: str
+    differences: tuple[float, ...]
+    p_value: float
+
+    @property
+    def phase(self) -> str | None:
+        """`"interaction"` or `"preference"` where `a` knows nothing of stages and `b` does; `None` for other pairs."""
+        phases = {PHASES.get(arm["method"].removeprefix("sta-").removesuffix("-sum")) for arm in (self.a, self.b)}
+        return phases.pop() if len(phases) == 1 and not _knows_stages(self.a) and _knows_stages(self.b) else None
+
+    @property
+    def mean(self) -> Difference | None:
+        """Over training seeds, with Student's interval; `None` for a single one."""
+        return mean_difference(self.differences) if len(self.differences) > 1 else None
+
+    @property
+    def rounds(self) -> int:
+        """Of preference."""
+        return self.b.get("rounds", 1)  # older results had one
+
+    @property
+    def normalised(self) -> bool:
+        """Whether `b` has its advantages normalised by stages."""
+        return self.b["ppo"].get("advantage_norm") == "stage"
+
+
+def _knows_stages(arm: Mapping[str, Any]) -> bool:
+    return arm["method"].startswith("sta-") or arm["ppo"].get("advantage_norm") == "stage"
+
+
+def findings(results: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Methods against each other and the start in all `results`, from the rarest success on; runs that several queues share count once, where most are.
+
+    Args:
+        results (`Mapping`): name of a file -> content of a `results.json`; others, without comparisons, are passed over.
+    """
+    best: dict[tuple[Any, ...], Finding] = {}
+    for file, content in sorted(results.items()):
+        arms = {arm["name"]: arm for arm in content.get("queue", {}).get("arms", ())}
+        for test in content.get("comparisons", ()):
+            b = arms[test["b"]]
+            a = arms.get(test["a"], {"name": b["start"], "method": START, "ppo": {}})
+            found = _finding(file, content, a, b, test)
+            key = (found.task, found.origin, test["a"], test["b"], found.differences[0])
+            if key not in best or len(found.differences) > len(best[key].differences):
+                best.pop(key, None)  # where it stands in its own file
+                best[key] = found
+    return sorted(best.values(), key=lambda found: (found.start, found.task, found.file))
+
+
+def _finding(file: str, content: Mapping[str, Any], a: Any, b: Any, test: Mapping[str, Any]) -> Finding:
+    files = content["checkpoints"][b["start"]]["files"]
+    return Finding(
+        file=file,
+        task=content["queue"]["task"],
+        a=a,
+        b=b,
+        start=content["starts"][b["start"]]["success_once"],
+        origin=f"{files.get('model.safetensors')} at {content['queue']['temperature']}",
+        differences=tuple(part["difference"] for part in test["per_seed"].values()),
+        p_value=test["p_value"],
+    )
+
+
+def table(found: Iterable[Finding]) -> str:
+    """All of several training seeds, as Markdown."""
+    header = ("start, %", "", "each training seed, points", "mean, interval over training seeds", "p of all episodes")
+    rows = [
+        (
+            f"{100 * one.start:.1f}",
+            f"{one.a['name']} -> {one.b['name']}, {one.task}, `{one.file}`",
+            ", ".join(f"{100 * difference:+.1f}" for difference in one.differences),
+            str(one.mean).replace(" points", ""),
+            f"{one.p_value:.2g}",
+        )
+        for one in found
+        if one.mean is not None
+    ]
+    return markdown_table(header, rows)
+
+
+def page(found: Sequence[Finding], picture: str) -> str:
+    """The table with what a reader must know. picture (`str`): where the figure is."""
+    return f"""# Methods against each other, over training seeds
+
+Made of the queues' results by `python -m benchmarks.evidence.summary docs/evidence/*.json`; what each line is, [results](results.md) say.
+
+![What stages add to success, over the success of the policy that both methods begin from]({picture})
+
+Large: the mean over {FEW} or more training seeds with Student's 95 % interval, as a diamond where advantages are normalised by stages, with the number of rounds where there are several; small: one training seed. Only methods that know nothing of
+stages against those that do are in the figure. In the tables are all that have two training seeds or more, from the rarest success on; the last
+column is the exact McNemar test of all their episodes, which knows nothing of how much training varies.
+
+{table(one for one in found if one.a["method"] != START)}
+
+## Against the start
+
+{table(one for one in found if one.a["method"] == START)}
+"""
+
+
+def plot(path: Path, found: Iterable[Finding]) -> None:
+    """What stages change in each phase, over the success of the start. path (`Path`): of the picture."""
+    shown = [one for one in found if one.phase is not None]
+    colors = dict(zip(sorted({one.task for one in shown}), COLORS, strict=False))
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    for panel, (phase, title) in zip(
+        panels, (("interaction", "PPO -> StA-PPO"), ("preference", "TPO -> StA-TPO")), strict=True
+    ):
+        _plot_phase(panel, [one for one in shown if one.phase == phase], colors)
+        panel.set_title(f"{phase.title()}: {title}", fontsize=10, loc="left")
+        panel.set_xlabel("success of the policy that both begin from, %")
+    panels[0].set_ylabel("what stages add to success, points")
+    names = {task: plt.Line2D([], [], color=color, marker="o", ls="") for task, color in colors.items()}
+    names["normalised by stages"] = plt.Line2D([], [], color="grey", marker="D", ls="")
+    names["one training seed"] = plt.Line2D([], [], color="grey", marker="o", ms=3, alpha=0.6, ls="")
+    figure.legend(names.values(), names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _plot_phase(panel: Axes, found: Iterable[Finding], colors: Mapping[str, str]) -> None:
+    taken: dict[float, int] = {}
+    for one in found:
+        column = round(100 * one.start, 1)
+        taken[column] = taken.get(column, 0) + 1
+        # side by side where they begin from the same
+        x = (column if column else 0.02) * 1.12 ** (taken[column] - 1)
+        points, color = [100 * difference for difference in one.differences], colors[one.task]
+        marker = "D" if one.normalised else "o"
+        panel.plot([x] * len(points), points, marker, color=color, ms=3, alpha=0.6, mew=0)
+        if len(points) < FEW:
+            continue
+        value, low, high = (100 * part for part in one.mean)
+        panel.errorbar([x], [value], [[value - low], [high - value]], fmt=marker, color=color, capsize=3, ms=6, lw=1.2)
+        if one.rounds > 1:
+            panel.annotate(str(one.rounds), (x, high), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    panel.axhline(0, color="black", lw=0.8)
+    panel.set_xscale("symlog", linthresh=0.1, linscale=0.4)
+    panel.set_xlim(-0.02, 100)
+    panel.set_xticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def main(files: Iterable[Path], output: Path) -> None:
+    """Read, write both."""
+    found = findings({file.stem: json.loads(file.read_text()) for file in files})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    picture = output.with_suffix(".png")
+    output.with_suffix(".md").write_text(page(found, picture.name))
+    plot(picture, found)
+    logger.info("%d comparisons, written to %s.md and .png", len(found), output)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="`results.json` of queues, under any names.")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/comparisons"), help="Of .md and .png, without the ending."
+    )
+    arguments = parser.parse_args()
+    main(arguments.files, arguments.output)

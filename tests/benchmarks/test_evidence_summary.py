@@ -1,0 +1,95 @@
+"""All queues' results together: which comparisons count, what the table and the figure say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.evidence.summary import findings, page, table  # noqa: E402
+
+EVIDENCE = ROOT / "docs" / "evidence"
+
+
+def arm(name, method, **ppo):
+    return {"name": name, "method": method, "start": "weak", "ppo": ppo}
+
+
+def results(*differences, weights="abc", a="ppo", b="sta-ppo", task="PushCube-v1", start=0.5):
+    """A queue's results with one comparison, of as many training seeds as there are differences."""
+    arms = [
+        arm("ppo", "ppo"),
+        arm("norm", "ppo", advantage_norm="stage"),
+        arm("sta-ppo", "sta-ppo"),
+        arm("sum", "tpo-sum"),
+        arm("sta-sum", "sta-tpo-sum"),
+    ]
+    return {
+        "queue": {"task": task, "arms": arms, "temperature": 1.0},
+        "checkpoints": {"weak": {"files": {"model.safetensors": weights}}},
+        "starts": {"weak": {"success_once": start}},
+        "comparisons": [
+            {
+                "a": a,
+                "b": b,
+                "p_value": 0.25,
+                "per_seed": {str(k): {"difference": d} for k, d in enumerate(differences)},
+            }
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "phase"),
+    [
+        ("ppo", "sta-ppo", "interaction"),
+        ("ppo", "norm", "interaction"),
+        ("sum", "sta-sum", "preference"),
+        ("norm", "sta-ppo", None),  # both know stages
+        ("sta-ppo", "ppo", None),
+        ("sum", "sta-ppo", None),  # another phase
+        ("weak", "sta-ppo", None),  # against the start
+    ],
+)
+def test_what_is_stages_against_none(a, b, phase):
+    (found,) = findings({"queue": results(0.1, a=a, b=b)})
+    assert (found.phase, found.a["name"], found.b["name"]) == (phase, a, b)
+
+
+def test_runs_that_queues_share_count_once_where_most_are():
+    found = findings(
+        {
+            "two": results(0.1, -0.1),
+            "four": results(0.1, -0.1, 0.1, 0.3),
+            "another": results(0.1, weights="xyz", start=0.25),
+            "none": {"per_task": []},
+        }
+    )
+    assert [(one.file, one.start, len(one.differences)) for one in found] == [("another", 0.25, 1), ("four", 0.5, 4)]
+
+
+def test_the_table_has_the_mean_over_training_seeds():
+    # 12.0 and -1.3 points: as `mean_difference` has it
+    text = table(findings({"queue": results(0.12, -0.013), "single": results(0.1, task="PullCube-v1")}))
+    assert "| 50.0 | ppo -> sta-ppo, PushCube-v1, `queue` | +12.0, -1.3 | +5.3 [-79.1, +89.8] | 0.25 |" in text
+    assert "PullCube-v1" not in text
+
+
+def test_the_page_in_docs_is_of_the_results_that_are_there():
+    content = {file.stem: json.loads(file.read_text()) for file in EVIDENCE.glob("*.json")}
+    assert (ROOT / "docs" / "comparisons.md").read_text() == page(findings(content), "comparisons.png"), (
+        "run `python -m benchmarks.evidence.summary docs/evidence/*.json`"
+    )
+
+
+def test_the_command_writes_page_and_figure(tmp_path):
+    (tmp_path / "queue.json").write_text(json.dumps(results(0.1, 0.2, 0.4)))
+    command = [sys.executable, "-m", "benchmarks.evidence.summary", str(tmp_path / "queue.json"), "--output"]
+    done = subprocess.run([*command, str(tmp_path / "new" / "found")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "+10.0, +20.0, +40.0" in (tmp_path / "new" / "found.md").read_text()
+    assert (tmp_path / "new" / "found.png").read_bytes()[:4] == b"\x89PNG"
