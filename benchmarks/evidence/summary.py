@@ -26,7 +26,7 @@ from trl_stare.evaluation.report import markdown_table
 logger = logging.getLogger("summary")
 
 PHASES = {"ppo": "interaction", "tpo": "preference"}
-"""By how a method's name ends, or what stands before its `-sum`."""
+"""What a method is part of, by its name without `sta-` and `-sum`."""
 START = "start"
 """The method of a checkpoint that others are compared with: none."""
 FEW = 3
