@@ -102,6 +102,10 @@ class IPIArguments:
         default=1.0, metadata={"help": "Sampling temperature of all phases, also in evaluation."}
     )
     eval_episodes: int = field(default=300, metadata={"help": "Held-out episodes that each phase is evaluated on."})
+    video_episodes: int = field(
+        default=32,
+        metadata={"help": "Most episodes played to find a phase's success and failure to film; 0: no videos."},
+    )
     num_envs: int = field(default=16, metadata={"help": "Environments, over all worker processes."})
     num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default one per core."})
     image_size: int = field(default=64, metadata={"help": "Pixels of the policy's image."})
@@ -126,6 +130,8 @@ class IPIArguments:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.video_episodes < 0:
+            raise ValueError(f"`video_episodes` must be at least 0, got {self.video_episodes}.")
         if self.rollouts_per_start < 2:
             raise ValueError(f"`rollouts_per_start` must be at least 2 to compare any, got {self.rollouts_per_start}.")
 
@@ -138,7 +144,9 @@ def main(args: IPIArguments) -> None:
     plan = get_plan(args.task)
     if args.init_checkpoint:
         load_policy(args, args.init_checkpoint)
-    out = claim_folder(args.output_dir, asdict(args), free=("phases", "init_checkpoint", "output_dir"))
+    out = claim_folder(
+        args.output_dir, asdict(args), free=("phases", "init_checkpoint", "output_dir", "video_episodes")
+    )
     (out / "evaluation").mkdir(exist_ok=True)
     watch = Stopwatch(out / "timing.json")
     records = phase_records(args)
@@ -303,9 +311,9 @@ def film(args: IPIArguments, env: Any, plan: Any) -> None:
     """A success and a failure of every finished phase, at every step and in a larger picture."""
     videos = Path(args.output_dir) / "videos"
     missing = [phase for phase in phase_records(args).done if not list(videos.glob(f"{phase}_*.mp4"))]
-    if not missing or not PartialState().is_main_process:
+    if not missing or not args.video_episodes or not PartialState().is_main_process:
         return
-    seeds = range(VIDEO_SEEDS, VIDEO_SEEDS + 32)
+    seeds = range(VIDEO_SEEDS, VIDEO_SEEDS + args.video_episodes)
     with closing(make_env(args.task, 1, chunk_size=1, image_size=256, visuals=args.visuals)) as camera:
         for phase in missing:
             policy = load_policy(args, str(Path(args.output_dir) / phase))

@@ -2,6 +2,9 @@
 
 import gc
 import os
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # before torch and huggingface_hub are imported: both read these once
@@ -9,8 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parents[1]
 # where ManiSkill looks for the assets of the Bridge tasks
-_ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets" / "maniskill"
+_ASSETS = ROOT.parent / "shared" / "assets" / "maniskill"
 if _ASSETS.is_dir():
     os.environ.setdefault("MS_ASSET_DIR", str(_ASSETS))
 
@@ -31,3 +35,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     missing = [part for part in ("tasks/bridge_v2_real2sim_dataset", "robots/widowx") if not (assets / part).is_dir()]
     if missing and item.get_closest_marker("bridge_assets"):
         pytest.skip(f"{missing} not in {assets}: download the Bridge tasks' assets, or set MS_ASSET_DIR")
+
+
+@pytest.fixture
+def run_script(monkeypatch) -> Callable[..., None]:
+    """`run_script("recipes/collect.py", "--task", "StackCube-v1")`: what the command does, in this process; its errors are raised.
+
+    A process of its own would import torch, TRL and the simulator again, for ten seconds.
+    """
+
+    def run(script: str, *flags: object) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    return run

@@ -1,7 +1,6 @@
 """All queues' results together: which comparisons count, what the table and the figure say."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -86,10 +85,8 @@ def test_the_page_in_docs_is_of_the_results_that_are_there():
     )
 
 
-def test_the_command_writes_page_and_figure(tmp_path):
+def test_the_command_writes_page_and_figure(run_script, tmp_path):
     (tmp_path / "queue.json").write_text(json.dumps(results(0.1, 0.2, 0.4)))
-    command = [sys.executable, "-m", "benchmarks.evidence.summary", str(tmp_path / "queue.json"), "--output"]
-    done = subprocess.run([*command, str(tmp_path / "new" / "found")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script("benchmarks/evidence/summary.py", tmp_path / "queue.json", "--output", tmp_path / "new" / "found")
     assert "+10.0, +20.0, +40.0" in (tmp_path / "new" / "found.md").read_text()
     assert (tmp_path / "new" / "found.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,7 +1,6 @@
 """What batches of gradients have in common, by hand; and the whole benchmark on a few episodes."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def test_every_setting_is_one_of_the_trainer(name, tmp_path):
     StagePPOConfig.preset("small-cpu", str(tmp_path), **settings)
 
 
-def test_it_measures_a_checkpoint_and_continues(tmp_path):
+def test_it_measures_a_checkpoint_and_continues(run_script, tmp_path, capsys):
     torch.manual_seed(0)
     stats = {"action": {"scale": [1.0] * 7}, "state": {"mean": [0.0] * 8, "std": [1.0] * 8}}
     TokenPolicy.create_tiny({"toy": stats}, image_size=64, chunk_size=4).save_pretrained(tmp_path / "policy")
@@ -69,22 +68,23 @@ def test_it_measures_a_checkpoint_and_continues(tmp_path):
         "hidden": {"critic": "hidden", "bootstrap_on_truncation": True},
     }
     command = [
-        sys.executable, "-m", "benchmarks.gradient_signal", f"--checkpoint={tmp_path / 'policy'}", "--task=PushCube-v1", "--num_envs=4",
+        "benchmarks/gradient_signal.py", f"--checkpoint={tmp_path / 'policy'}", "--task=PushCube-v1", "--num_envs=4",
         f"--config={tmp_path / 'settings.yaml'}", f"--output_dir={tmp_path / 'out'}", "--episodes=4", "--batches=3", "--warmup=1",
     ]  # fmt: skip
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    run_script(*command)
     first = tmp_path / "out" / "settings" / "hidden" / "measured.safetensors"
     written = first.stat().st_mtime_ns
     (tmp_path / "settings.yaml").write_text(
         yaml.safe_dump(settings | {"sta-ppo": {"potential_scale": 0.5}}, sort_keys=False)
     )
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    run_script(*command)
     results = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
     assert list(results) == ["success", "hidden", "sta-ppo"] and first.stat().st_mtime_ns == written
     # progress is paid in every episode, solved or not: there is a gradient, and of three batches not the same one
     assert (
         results["sta-ppo"]["agreement"][0] not in (0.0, pytest.approx(1.0)) and results["sta-ppo"]["agreement"][1] > 0
     )
-    refused = subprocess.run([*command, "--batches=2"], cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2 and "`--batches` must be at least 3" in refused.stderr
+    with pytest.raises(SystemExit):
+        run_script(*command, "--batches=2")
+    assert "`--batches` must be at least 3" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """Videos are written and read back frame by frame."""
 
+from types import SimpleNamespace
+
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
 
-from trl_stare.evaluation import Replay, record_episode, save_success_and_failure, stage_labels
+from trl_stare.evaluation import Replay, film_policy, record_episode, save_success_and_failure, stage_labels, videos
 from trl_stare.stages import get_plan
 
 
@@ -60,6 +62,23 @@ def test_the_first_success_and_the_first_failure_are_kept(tmp_path):
         "success": tmp_path / "imitation_success_seed12.mp4",
     }
     assert sorted(tmp_path.iterdir()) == sorted(written.values())
+
+
+@pytest.mark.parametrize(
+    ("succeed", "shown", "played"), [({5, 6}, [5, 0], 6), ({0}, [0, 1], 2), ({}, [0], 9), (range(9), [0], 9)]
+)
+def test_a_policy_plays_until_one_succeeded_and_one_failed(monkeypatch, succeed, shown, played):
+    seen = []
+
+    def play(env, policy, seeds, **_):
+        seen.extend(seeds)
+        return [SimpleNamespace(seed=seed, success_once=seed in succeed) for seed in seeds]
+
+    monkeypatch.setattr(videos, "play", play)
+    monkeypatch.setattr(videos, "_render", lambda camera, trajectory, plan: trajectory.seed)
+    env = SimpleNamespace(num_envs=2)
+    assert film_policy(None, env, None, None, range(9), temperature=1.0, seed=0) == shown
+    assert seen == list(range(played))
 
 
 def test_a_missing_outcome_is_said(tmp_path, caplog):

@@ -1,6 +1,5 @@
 """`evaluate.py` and `compare.py` with a checkpoint on the real simulator: once as a user runs them, else in this process."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -18,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 TASK = "PushCube-v1"
 
 
-def run(recipe: str, *args: object) -> subprocess.CompletedProcess:
+def launch(recipe: str, *args: object) -> subprocess.CompletedProcess:
+    """In a process of its own, as a user does."""
     return subprocess.run(
         [sys.executable, f"recipes/{recipe}.py", *map(str, args)],
         cwd=ROOT,
@@ -26,22 +26,6 @@ def run(recipe: str, *args: object) -> subprocess.CompletedProcess:
         text=True,
         timeout=240,
     )
-
-
-def load(recipe: str):
-    spec = importlib.util.spec_from_file_location(f"recipe_{recipe}", ROOT / "recipes" / f"{recipe}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def call(monkeypatch, recipe: str, *args: object) -> None:
-    """The same without a process of its own, which takes seconds to import."""
-    module = load(recipe)
-    monkeypatch.setattr(sys, "argv", [recipe, *map(str, args)])
-    parsed = module.TrlParser(module.EvaluateArguments).parse_args_and_config(return_remaining_strings=True)
-    module.main(module.set_entries(*parsed))
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +40,13 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_the_same_command_gives_the_same_bytes_and_no_difference(checkpoint, tmp_path, monkeypatch):
+def test_the_same_command_gives_the_same_bytes_and_no_difference(checkpoint, tmp_path, run_script):
     flags = ["--model", checkpoint, "--task", TASK, "--episodes", 2, "--seed", 3, 1, "--num_envs", 2]
     flags += ["--num_workers", 1, "--videos", 0]
     digests = file_digests(checkpoint)
-    done = run("evaluate", *flags, "--output_dir", tmp_path / "a")
+    done = launch("evaluate", *flags, "--output_dir", tmp_path / "a")
     assert done.returncode == 0, done.stderr[-2000:]
-    call(monkeypatch, "evaluate", *flags, "--push", "true", "--output_dir", tmp_path / "b")
+    run_script("recipes/evaluate.py", *flags, "--push", "true", "--output_dir", tmp_path / "b")
     for file in ("eval_info.json", "eval_info.md", f"episodes/{TASK}.parquet"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -77,39 +61,34 @@ def test_the_same_command_gives_the_same_bytes_and_no_difference(checkpoint, tmp
     results = ModelCard.load(checkpoint / "README.md").data.eval_results
     assert [(r.dataset_type, r.metric_type) for r in results] == [(TASK, "success_once"), (TASK, "success_at_end")]
 
-    recipe = load("compare")
-    monkeypatch.setattr(
-        sys, "argv", ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "ab.md")]
-    )
-    recipe.main(recipe.parse())
+    run_script("recipes/compare.py", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "ab.md")
     assert "not distinguishable at n = 4, and no difference was seen" in (tmp_path / "ab.md").read_text()
 
     a, b = tmp_path / "a", tmp_path / "b"
-    monkeypatch.setattr(sys, "argv", ["compare", *map(str, [a, b, "--with", b, a, "--output", tmp_path / "runs.md"])])
-    recipe.main(recipe.parse())
+    run_script("recipes/compare.py", a, b, "--with", b, a, "--output", tmp_path / "runs.md")
     written = (tmp_path / "runs.md").read_text()
     assert f"- A: {checkpoint} ({b})" in written and "not distinguishable over 2 training runs" in written
 
 
-def test_a_flow_policy_of_several_robots_is_evaluated_as_any_other(tmp_path, monkeypatch):
+def test_a_flow_policy_of_several_robots_is_evaluated_as_any_other(tmp_path, run_script):
     policy = create_tiny_pi0({TASK: {"action": QUANTILES}}, chunk_size=10, num_inference_steps=2)
     policy.model.config.norm_stats["another"] = {"action": QUANTILES}
     policy.save_pretrained(tmp_path / "pi0")
     flags = ["--model", tmp_path / "pi0", "--task", TASK, "--episodes", 2, "--num_envs", 2, "--num_workers", 1]
     flags += ["--videos", 0, "--output_dir", tmp_path / "out"]
     with pytest.raises(ValueError, match="unnorm_key.*another"):
-        call(monkeypatch, "evaluate", *flags)
-    call(monkeypatch, "evaluate", *flags, "--policy.unnorm_key", TASK)
+        run_script("recipes/evaluate.py", *flags)
+    run_script("recipes/evaluate.py", *flags, "--policy.unnorm_key", TASK)
     info = json.loads((tmp_path / "out" / "eval_info.json").read_text())
     metrics = info["per_task"][0]["metrics"]
     assert metrics["n_episodes"] == 2 and metrics["environment"]["image_shape"] == [28, 28]
     assert info["settings"]["policy"] == {"unnorm_key": TASK}
 
 
-def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_path, monkeypatch):
+def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_path, run_script):
     flags = ["--model", checkpoint, "--task", TASK, "--episodes", 2, "--num_envs", 2, "--num_workers", 1]
     flags += ["--videos", 0, "--variations", "action/latency", "--output_dir", tmp_path]
-    call(monkeypatch, "evaluate", *flags)
+    run_script("recipes/evaluate.py", *flags)
     folders = tmp_path / "nominal", tmp_path / "action" / "latency"
     infos = [json.loads((folder / "eval_info.json").read_text()) for folder in folders]
     assert [info["per_task"][0]["metrics"]["environment"]["variation"] for info in infos] == [
@@ -124,10 +103,8 @@ def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_p
     assert "Variation: action/latency." in (folders[1] / "eval_info.md").read_text()
     assert "| action/latency | actions come 2 steps late | 2 |" in (tmp_path / "robustness.md").read_text()
 
-    recipe = load("compare")
-    monkeypatch.setattr(sys, "argv", ["compare", *map(str, folders)])
     with pytest.raises(ValueError, match="got other variation: .*nominal.*action/latency"):
-        recipe.main(recipe.parse())
+        run_script("recipes/compare.py", *folders)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +114,9 @@ def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_p
         (["a", "b", "--with", "c"], "as many folders as there are before it, 2, got 1"),
     ],
 )
-def test_folders_that_cannot_be_paired_are_refused(folders, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["compare", *folders])
+def test_folders_that_cannot_be_paired_are_refused(folders, message, run_script, capsys):
     with pytest.raises(SystemExit):
-        load("compare").parse()
+        run_script("recipes/compare.py", *folders)
     assert message in capsys.readouterr().err
 
 
@@ -153,6 +129,6 @@ def test_folders_that_cannot_be_paired_are_refused(folders, message, monkeypatch
         (["--model", "no/such/folder", "--task", TASK], "there is no such folder"),
     ],
 )
-def test_bad_flags(flags, message, tmp_path, monkeypatch):
+def test_bad_flags(flags, message, tmp_path, run_script):
     with pytest.raises((ValueError, OSError), match=message):
-        call(monkeypatch, "evaluate", *flags, "--output_dir", tmp_path)
+        run_script("recipes/evaluate.py", *flags, "--output_dir", tmp_path)

@@ -42,7 +42,7 @@ register_task(TASK, StagePlan("ApproachCarrot-v1", (APPROACH, *get_plan(SHIPPED)
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "recipes/ipi.py"]  # fmt: skip
 SMALL = {
-    "num_demonstrations": 16, "preference_starts": 4, "rollouts_per_start": 4, "min_cost_gap": 0, "eval_episodes": 2,
+    "num_demonstrations": 16, "preference_starts": 4, "rollouts_per_start": 4, "min_cost_gap": 0, "eval_episodes": 2, "video_episodes": 2,
     "num_envs": 4, "temperature": 1.0,
     "imitation.max_steps": 100, "imitation.per_device_train_batch_size": 16, "imitation.learning_rate": "2e-3",
     "imitation.logging_steps": 25,

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "own_task.md").read_text()
 TASK = "PokeCube-v1"
 TINY = {
-    "num_demonstrations": 2, "eval_episodes": 2, "num_envs": 2, "chunk_size": 10,
+    "num_demonstrations": 2, "eval_episodes": 2, "video_episodes": 0, "num_envs": 2, "chunk_size": 10,
     "num_workers": 1, "image_size": 32, "imitation.max_steps": 2, "imitation.per_device_train_batch_size": 4,
     "interaction.num_train_epochs": 1,
     "interaction.episodes_per_iteration": 2, "interaction.num_minibatches": 1,

@@ -1,10 +1,12 @@
-"""`pairs.py` and `push_to_hub.py`, run as a user runs them, against a Hub on loopback."""
+"""`pairs.py`, and `push_to_hub.py` as a user runs it, against a Hub on loopback."""
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from trl_stare.data import Trajectory, load_pairs, save_trajectories
@@ -18,9 +20,10 @@ ROOT = Path(__file__).parents[2]
 PLAN = get_plan("StackCube-v1")
 
 
-def run(recipe: str, *flags, **environment) -> subprocess.CompletedProcess:
+def push(*flags, **environment) -> subprocess.CompletedProcess:
+    """In a process of its own: `huggingface_hub` reads the address of the Hub once."""
     return subprocess.run(
-        [sys.executable, f"recipes/{recipe}.py", *map(str, flags)],
+        [sys.executable, "recipes/push_to_hub.py", *map(str, flags)],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -62,20 +65,26 @@ def save_rollouts(folder, seeds) -> None:
     save_trajectories(episodes, folder, PLAN)
 
 
-def test_from_trajectories_to_the_hub(tmp_path):
+def test_from_trajectories_to_the_hub(run_script, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     save_rollouts(tmp_path / "rollouts", seeds=[5, 5, 5])
-    made = run(
-        "pairs", "--trajectories", tmp_path / "rollouts", "--output_dir", tmp_path / "pairs", "--min_cost_gap", 0
+    run_script(
+        "recipes/pairs.py",
+        "--trajectories",
+        tmp_path / "rollouts",
+        "--output_dir",
+        tmp_path / "pairs",
+        "--min_cost_gap",
+        0,
     )
-    assert made.returncode == 0, made.stderr[-2000:]
-    assert made.stderr.split("\n")[0].split()[:2] == ["stage", "made"]
+    assert caplog.messages[0].split()[:2] == ["stage", "made"]
     pairs, table = load_pairs(tmp_path / "pairs"), load_yield(tmp_path / "pairs")
     assert [(pair.stage_name, pair.chosen, pair.rejected) for pair in pairs] == [
         ("Reach", 0, 1),
         ("Reach", 0, 2),
         ("Reach", 1, 2),
     ]
-    assert table["Reach"]["made"] == 3 and f"holds {len(pairs)} pairs" in made.stderr
+    assert table["Reach"]["made"] == 3 and f"holds {len(pairs)} pairs" in caplog.text
 
     with MiniHub() as hub:
         hub_of_ours = {
@@ -85,11 +94,11 @@ def test_from_trajectories_to_the_hub(tmp_path):
             "HF_HOME": str(tmp_path / "home"),
         }
         flags = ("--trajectories", tmp_path / "rollouts", "--preferences", tmp_path / "pairs", "--repo_id", "user/toy")
-        pushed = run("push_to_hub", *flags, "--private", HF_TOKEN="hf_writer", **hub_of_ours)
+        pushed = push(*flags, "--private", HF_TOKEN="hf_writer", **hub_of_ours)
         assert pushed.returncode == 0, pushed.stderr[-2000:]
         repo = hub.repos["user/toy"]
         assert repo["private"] and f"in commit {repo['commits'][-1]['id']}" in pushed.stderr
-        refused = run("push_to_hub", *flags, HF_TOKEN="hf_other", **hub_of_ours)
+        refused = push(*flags, HF_TOKEN="hf_other", **hub_of_ours)
         assert refused.returncode != 0
         assert (
             "push_to_hub: the Hub must know who asks for `user/toy`, got the token in the variable" in refused.stderr
@@ -97,8 +106,8 @@ def test_from_trajectories_to_the_hub(tmp_path):
         assert "Traceback" not in refused.stderr and "hf_other" not in refused.stderr
 
 
-def test_no_pair_is_said_and_nothing_written(tmp_path):
+def test_no_pair_is_said_and_nothing_written(run_script, tmp_path):
     save_rollouts(tmp_path / "rollouts", seeds=[5, 6])
-    done = run("pairs", "--trajectories", tmp_path / "rollouts", "--output_dir", tmp_path / "pairs")
-    assert done.returncode != 0 and "no two episodes share a seed" in done.stderr
+    with pytest.raises(SystemExit, match="no two episodes share a seed"):
+        run_script("recipes/pairs.py", "--trajectories", tmp_path / "rollouts", "--output_dir", tmp_path / "pairs")
     assert [path.name for path in tmp_path.iterdir()] == ["rollouts"]

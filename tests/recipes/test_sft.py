@@ -1,7 +1,6 @@
 """`sft.py` from a pi0 (and, where LeRobot is, a SmolVLA) as LeRobot writes it: no simulator, real classes, two updates of an adapter."""
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from trl_stare.data import Trajectory, save_trajectories
 from trl_stare.policies import create_tiny_pi0
 from trl_stare.stages import get_plan
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+TESTS = Path(__file__).parents[1]
 TASK = "StackCube-v1"
 
 
@@ -51,7 +50,7 @@ def lerobot(tmp_path) -> tuple[Path, dict, dict]:
     return tmp_path, sizes, policy.model.state_dict()
 
 
-def run_sft(folder: Path, monkeypatch, settings: dict, **flags: object) -> list[Trajectory]:
+def run_sft(folder: Path, run_script, settings: dict, **flags: object) -> list[Trajectory]:
     """`sft.py` on the checkpoint `folder / "theirs"`; the demonstrations."""
     shown = [demonstration(seed) for seed in range(3)]
     save_trajectories(shown, folder / "data", get_plan(TASK))
@@ -62,16 +61,16 @@ def run_sft(folder: Path, monkeypatch, settings: dict, **flags: object) -> list[
         "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "lora_r": 4, "lora_dropout": 0,
         "save_strategy": "no",
     } | flags  # fmt: skip
-    argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", ["sft.py", "--use_peft", *argv])
-    runpy.run_path(str(RECIPES / "sft.py"), run_name="__main__")
+    run_script(
+        "recipes/sft.py", "--use_peft", *(part for name, value in flags.items() for part in (f"--{name}", value))
+    )
     return shown
 
 
-def test_a_pi0_of_lerobot_is_trained_and_takes_the_statistics_of_the_demonstrations(lerobot, monkeypatch):
+def test_a_pi0_of_lerobot_is_trained_and_takes_the_statistics_of_the_demonstrations(lerobot, run_script):
     folder, sizes, before = lerobot
     settings = sizes | {"chunk_size": 2, "num_inference_steps": 3}
-    shown = run_sft(folder, monkeypatch, settings, lora_target_modules=r"model\.dit\..*_proj")
+    shown = run_sft(folder, run_script, settings, lora_target_modules=r"model\.dit\..*_proj")
 
     policy = FlowPolicy.from_pretrained(folder / "sft")
     assert policy.chunk_size == 2 and policy.model.config.num_inference_steps == 3
@@ -83,15 +82,15 @@ def test_a_pi0_of_lerobot_is_trained_and_takes_the_statistics_of_the_demonstrati
     assert changed and all(name.startswith("model.dit.") and "_proj" in name for name in changed)
 
 
-def test_a_smolvla_of_lerobot_is_trained(tmp_path, monkeypatch):
+def test_a_smolvla_of_lerobot_is_trained(tmp_path, run_script):
     pytest.importorskip("lerobot", reason="needs LeRobot, in an environment of its own: docs/flow.md")
-    sys.path.append(str(RECIPES.parent / "tests" / "policies"))
+    sys.path.append(str(TESTS / "policies"))
     from lerobot_toy import make_tokenizer, write_lerobot
 
     write_lerobot("smolvla", tmp_path / "theirs")
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     adapted = r".*lm_expert.*\.q_proj"
-    run_sft(tmp_path, monkeypatch, {"chunk_size": 2, "num_inference_steps": 3}, lora_target_modules=adapted)
+    run_sft(tmp_path, run_script, {"chunk_size": 2, "num_inference_steps": 3}, lora_target_modules=adapted)
     policy = FlowPolicy.from_pretrained(tmp_path / "sft")
     assert policy.chunk_size == 2 and policy.state_statistics.action_dim == 8
     before = load_file(tmp_path / "theirs" / "model.safetensors")

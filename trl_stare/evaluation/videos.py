@@ -89,23 +89,26 @@ def film_policy(
     temperature: float,
     seed: int,
 ) -> list[Replay]:
-    """Play `seeds` in `env`, and render the first success and the first failure again, step by step, in `camera`.
+    """Play `seeds` in `env` until one succeeded and one failed; render the first of each again, step by step, in `camera`.
 
     Args:
         env ([`VectorEnv`]): where the policy plays, in its own chunks.
         camera ([`VectorEnv`]): the same task with `chunk_size` 1 and images as large as the video's.
+        seeds (`Sequence[int]`): played `env.num_envs` at a time.
         temperature (`float`), seed (`int`): of the sampling.
 
     Returns:
         at most two episodes; fewer if all succeeded or all failed.
     """
-    shown = play(env, policy, seeds, temperature=temperature, generator=torch.Generator().manual_seed(seed))
-    replays = []
-    for outcome in (True, False):
-        trajectory = next((trajectory for trajectory in shown if trajectory.success_once == outcome), None)
-        if trajectory is not None:
-            replays.append(_render(camera, trajectory, plan))
-    return replays
+    generator = torch.Generator().manual_seed(seed)
+    first: dict[bool, Trajectory] = {}
+    for begin in range(0, len(seeds), env.num_envs):
+        block = seeds[begin : begin + env.num_envs]
+        for trajectory in play(env, policy, block, temperature=temperature, generator=generator):
+            first.setdefault(trajectory.success_once, trajectory)
+        if len(first) == 2:
+            break
+    return [_render(camera, first[outcome], plan) for outcome in (True, False) if outcome in first]
 
 
 def film_episode(
