@@ -128,18 +128,12 @@ def test_other_settings_in_the_same_folder_are_refused_before_any_work(run_scrip
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe as a module: what is refused needs no launcher."""
+    """The recipe as a module, for its functions."""
     spec = importlib.util.spec_from_file_location("ipi_recipe", ROOT / "recipes" / "ipi.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def parse(recipe):
-    return recipe.set_entries(
-        *recipe.TrlParser(recipe.IPIArguments).parse_args_and_config(return_remaining_strings=True)
-    )
 
 
 @pytest.mark.parametrize(
@@ -157,19 +151,17 @@ def parse(recipe):
         ({"--phase.gamma": 2}, "unknown flag '--phase.gamma'"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(recipe, monkeypatch, tmp_path, changes, message):
-    flags = [str(part) for pair in changes.items() for part in pair]
-    monkeypatch.setattr(sys, "argv", ["ipi.py", "--output_dir", str(tmp_path / "run"), *flags])
+def test_bad_input_is_refused_before_any_work(run_script, tmp_path, changes, message):
+    flags = [part for pair in changes.items() for part in pair]
     with pytest.raises(ValueError, match=message):
-        recipe.main(parse(recipe))
+        run_script("recipes/ipi.py", "--output_dir", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unwritable_folder_is_named(recipe, monkeypatch, tmp_path):
+def test_an_unwritable_folder_is_named(run_script, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["ipi.py", "--output_dir", str(tmp_path / "file" / "run")])
     with pytest.raises(OSError, match=str(tmp_path / "file")):
-        recipe.main(parse(recipe))
+        run_script("recipes/ipi.py", "--output_dir", tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(
@@ -179,11 +171,10 @@ def test_an_unwritable_folder_is_named(recipe, monkeypatch, tmp_path):
         (["--image_size", "16"], "`image_size` must be at least 32 for .*, got 16"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused(recipe, finished, monkeypatch, tmp_path, own, message):
-    flags = ["--init_checkpoint", str(finished / "imitation"), "--phases", "preference", *own]
-    monkeypatch.setattr(sys, "argv", ["ipi.py", "--output_dir", str(tmp_path / "run"), *flags])
+def test_a_checkpoint_that_does_not_fit_is_refused(run_script, finished, tmp_path, own, message):
+    flags = ["--init_checkpoint", finished / "imitation", "--phases", "preference", *own]
     with pytest.raises(ValueError, match=message):
-        recipe.main(parse(recipe))
+        run_script("recipes/ipi.py", "--output_dir", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
 
 
@@ -191,7 +182,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(recipe, finished, monkeypatch
 def test_shipped_configurations_are_valid(recipe, monkeypatch, name, temperature):
     """Preference and interaction learn about the policy that is sampled, at the pipeline's temperature."""
     monkeypatch.setattr(sys, "argv", ["ipi.py", "--config", str(ROOT / "recipes" / "configs" / name)])
-    args = parse(recipe)
+    parsed = recipe.TrlParser(recipe.IPIArguments).parse_args_and_config(return_remaining_strings=True)
+    args = recipe.set_entries(*parsed)
     configs = [recipe.trainer_config(args, phase) for phase in ("imitation", "preference", "interaction")]
     assert [config.seed for config in configs] == [0, 0, 0]
     assert [config.temperature for config in configs[1:]] == [temperature] * 2
