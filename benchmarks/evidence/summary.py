@@ -30,7 +30,9 @@ PHASES = {"ppo": "interaction", "tpo": "preference"}
 START = "start"
 """The method of a checkpoint that others are compared with: none."""
 FEW = 3
-"""From so many training seeds on an interval is drawn: that of two is nearly always wider than the figure."""
+"""From so many training seeds, or starts, on an interval is given: that of two is nearly always wider than the figure."""
+RARE = 0.05
+"""Success of a start below which it is called rare, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,32 @@ def table(found: Iterable[Finding]) -> str:
     return markdown_table(header, rows)
 
 
+def over_starts(found: Iterable[Finding]) -> str:
+    """What stages change over all starts that two methods had, as Markdown, from [`FEW`] starts on.
+
+    A start counts once, with the mean of its training runs, one or many: whether stages help differs from start to start, and the interval is to
+    say how they do on one that is not among these.
+
+    Example: `ppo -> sta-ppo` with +12 and -1 points from one start, +1 from a second and +3 from a third: the mean of +5.5, +1.0 and +3.0, +3.2 points.
+    """
+    methods: dict[tuple[bool, str], dict[tuple[str, str], list[float]]] = {}
+    for one in found:
+        if one.phase is not None:
+            starts = methods.setdefault((one.start >= RARE, f"{one.a['name']} -> {one.b['name']}"), {})
+            starts.setdefault((one.task, one.origin), []).extend(one.differences)
+    header = ("success at the start", "", "starts", "pairs of runs", "points, interval over starts", "starts above 0")
+    rows = []
+    for (frequent, names), starts in sorted(methods.items()):
+        means = [sum(differences) / len(differences) for differences in starts.values()]
+        if len(means) >= FEW:
+            band = f"{100 * RARE:.0f} % or more" if frequent else f"below {100 * RARE:.0f} %"
+            mean = str(mean_difference(means)).replace(" points", "")
+            rows.append(
+                (band, names, len(means), sum(map(len, starts.values())), mean, sum(value > 0 for value in means))
+            )
+    return markdown_table(header, rows)
+
+
 def page(found: Sequence[Finding], picture: str) -> str:
     """The table with what a reader must know. picture (`str`): where the figure is."""
     return f"""# Methods against each other, over training seeds
@@ -142,6 +170,15 @@ Made of the queues' results by `python -m benchmarks.evidence.summary docs/evide
 Large: the mean over {FEW} or more training seeds with Student's 95 % interval, as a diamond where advantages are normalised by stages, with the number of rounds where there are several; small: one training seed. Only methods that know nothing of
 stages against those that do are in the figure. In the tables are all that have two training seeds or more, from the rarest success on; the last
 column is the exact McNemar test of all their episodes, which knows nothing of how much training varies.
+
+## Over starts
+
+Does it help to know stages, whatever one begins from? Each start (a task, its checkpoint and the temperature) counts once, by the mean of its training runs, of which some have only one; Student's 95 % interval over starts. Starts of one task are not as
+different as tasks are, so the intervals are rather too narrow. Methods that had {FEW} starts or more:
+
+{over_starts(found)}
+
+## From each start
 
 {table(one for one in found if one.a["method"] != START)}
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.evidence.summary import findings, page, table  # noqa: E402
+from benchmarks.evidence.summary import findings, over_starts, page, table  # noqa: E402
 
 EVIDENCE = ROOT / "docs" / "evidence"
 
@@ -76,6 +76,19 @@ def test_the_table_has_the_mean_over_training_seeds():
     text = table(findings({"queue": results(0.12, -0.013), "single": results(0.1, task="PullCube-v1")}))
     assert "| 50.0 | ppo -> sta-ppo, PushCube-v1, `queue` | +12.0, -1.3 | +5.3 [-79.1, +89.8] | 0.25 |" in text
     assert "PullCube-v1" not in text
+
+
+def test_over_starts_each_counts_once_and_three_are_needed():
+    # 5.5, 1.0 and 3.0 points: mean 3.17, standard deviation 2.25, Student's 4.303 * 2.25 / sqrt(3) = 5.60
+    three = {
+        "both seeds": results(0.12, -0.01, weights="a"),
+        "one": results(0.01, weights="b"),
+        "another": results(0.03, weights="c", start=0.05),
+    }
+    rare = {"rare": results(0.5, weights="d", start=0.049), "norm": results(0.5, weights="e", b="norm")}
+    against_none = {"against the start": results(0.5, weights="f", a="weak")}
+    text = over_starts(findings(three | rare | against_none))
+    assert text.splitlines()[2:] == ["| 5 % or more | ppo -> sta-ppo | 3 | 4 | +3.2 [-2.4, +8.8] | 3 |"]
 
 
 def test_the_page_in_docs_is_of_the_results_that_are_there():
