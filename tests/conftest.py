@@ -1,11 +1,13 @@
 """What every test may rely on: one thread, no network, assets and a Vulkan driver chosen before SAPIEN is imported."""
 
 import gc
+import importlib.util
 import os
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 # before torch and huggingface_hub are imported: both read these once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -49,3 +51,18 @@ def run_script(monkeypatch) -> Callable[..., None]:
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def load_recipe() -> Callable[[str], ModuleType]:
+    """`load_recipe("ppo")`: recipes/ppo.py as a module, for its functions."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{name}_recipe", ROOT / "recipes" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        # dataclasses look their annotations up there
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load

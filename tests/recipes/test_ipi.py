@@ -1,6 +1,5 @@
 """The whole pipeline in miniature, launched as a user launches it: real simulator, real trainers, everything it leaves."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -127,13 +126,8 @@ def test_other_settings_in_the_same_folder_are_refused_before_any_work(run_scrip
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    """The recipe as a module, for its functions."""
-    spec = importlib.util.spec_from_file_location("ipi_recipe", ROOT / "recipes" / "ipi.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def recipe(load_recipe):
+    return load_recipe("ipi")
 
 
 @pytest.mark.parametrize(

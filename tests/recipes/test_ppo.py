@@ -1,6 +1,5 @@
 """recipes/ppo.py with its smoke configuration: the launch line as documented, killed and continued, in one and two processes."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,12 +20,8 @@ CPU2 = ROOT / "recipes" / "accelerate" / "cpu2.yaml"
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("ppo_recipe", ROOT / "recipes" / "ppo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def recipe(load_recipe):
+    return load_recipe("ppo")
 
 
 def parse(recipe, *flags: str):

@@ -1,6 +1,5 @@
 """recipes/dpo.py on toy folders: full fine-tuning, LoRA, continuing; one process and two of DDP, ZeRO-2 and ZeRO-3."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -26,12 +25,8 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("dpo_recipe", ROOT / "recipes" / "dpo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def recipe(load_recipe):
+    return load_recipe("dpo")
 
 
 @pytest.fixture(scope="module")
