@@ -178,7 +178,7 @@ different as tasks are, so the intervals are rather too narrow. Methods that had
 
 {over_starts(found)}
 
-## From each start
+## Against the start
 
 {table(one for one in found if one.a["method"] != START)}
 
