@@ -178,7 +178,7 @@ different as tasks are, so the intervals are rather too narrow. Methods that had
 
 {over_starts(found)}
 
-## Against the start
+## From each start
 
 {table(one for one in found if one.a["method"] != START)}
 
