@@ -168,7 +168,7 @@ Made of the queues' results by `python -m benchmarks.evidence.summary docs/evide
 ![What stages add to success, over the success of the policy that both methods begin from]({picture})
 
 Large: the mean over {FEW} or more training seeds with Student's 95 % interval, as a diamond where advantages are normalised by stages, with the number of rounds where there are several; small: one training seed. Only methods that know nothing of
-stages against those that do are in the figure. In the tables are all that have two training seeds or more, from the rarest success on; the last
+stages against those that do are in the figure and the first table. In the others are all that have two training seeds or more, from the rarest success on; the last
 column is the exact McNemar test of all their episodes, which knows nothing of how much training varies.
 
 ## Over starts
