@@ -174,7 +174,7 @@ column is the exact McNemar test of all their episodes, which knows nothing of h
 ## Over starts
 
 Does it help to know stages, whatever one begins from? Each start (a task, its checkpoint and the temperature) counts once, by the mean of its training runs, of which some have only one; Student's 95 % interval over starts. Starts of one task are not as
-different as tasks are, so the intervals are rather too narrow. Methods that had {FEW} starts or more:
+different as tasks are, so the intervals are rather too narrow; runs with [stages as they were](results.md#results) are among them. Methods that had {FEW} starts or more:
 
 {over_starts(found)}
 
