@@ -208,13 +208,12 @@ def plot(path: Path, found: Iterable[Finding]) -> None:
     plt.close(figure)
 
 
-def _plot_phase(panel: Axes, found: Iterable[Finding], colors: Mapping[str, str]) -> None:
-    taken: dict[float, int] = {}
-    for one in found:
-        column = round(100 * one.start, 1)
-        taken[column] = taken.get(column, 0) + 1
-        # side by side where they begin from the same
-        x = (column if column else 0.02) * 1.12 ** (taken[column] - 1)
+def _plot_phase(panel: Axes, found: Sequence[Finding], colors: Mapping[str, str]) -> None:
+    columns = [round(100 * one.start, 1) for one in found]
+    for index, (one, column) in enumerate(zip(found, columns, strict=True)):
+        # side by side round the success that they begin from
+        place = columns[:index].count(column) - (columns.count(column) - 1) / 2
+        x = (column if column else 0.02) * 1.07**place
         points, color = [100 * difference for difference in one.differences], colors[one.task]
         marker = "D" if one.normalised else "o"
         panel.plot([x] * len(points), points, marker, color=color, ms=3, alpha=0.6, mew=0)
