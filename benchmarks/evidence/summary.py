@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from matplotlib import pyplot as plt
@@ -124,13 +125,18 @@ def table(found: Iterable[Finding]) -> str:
             f"{100 * one.start:.1f}",
             f"{one.a['name']} -> {one.b['name']}, {one.task}, `{one.file}`",
             ", ".join(f"{100 * difference:+.1f}" for difference in one.differences),
-            str(one.mean).replace(" points", ""),
+            _interval(one.mean),
             f"{one.p_value:.2g}",
         )
         for one in found
         if one.mean is not None
     ]
     return markdown_table(header, rows)
+
+
+def _interval(difference: Difference) -> str:
+    """As a column whose heading has the unit."""
+    return str(difference).replace(" points", "")
 
 
 def over_starts(found: Iterable[Finding]) -> str:
@@ -149,13 +155,11 @@ def over_starts(found: Iterable[Finding]) -> str:
     header = ("success at the start", "", "starts", "pairs of runs", "points, interval over starts", "starts above 0")
     rows = []
     for (frequent, names), starts in sorted(methods.items()):
-        means = [sum(differences) / len(differences) for differences in starts.values()]
+        means = [mean(differences) for differences in starts.values()]
         if len(means) >= FEW:
             band = f"{100 * RARE:.0f} % or more" if frequent else f"below {100 * RARE:.0f} %"
-            mean = str(mean_difference(means)).replace(" points", "")
-            rows.append(
-                (band, names, len(means), sum(map(len, starts.values())), mean, sum(value > 0 for value in means))
-            )
+            pairs, above = sum(map(len, starts.values())), sum(value > 0 for value in means)
+            rows.append((band, names, len(means), pairs, _interval(mean_difference(means)), above))
     return markdown_table(header, rows)
 
 
