@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trl_stare.envs.control import speed_up_control
 from trl_stare.envs.grasping import speed_up_grasping
+from trl_stare.envs.messages import tell_once
 from trl_stare.envs.overlay import forget_overlays, keep_overlays, overlay
 from trl_stare.envs.registry import SimulatedTask
 from trl_stare.envs.variations import Variation
@@ -79,6 +80,7 @@ class Simulator:
 
         self.task, self.num_envs, self.visuals, self.variation = task, num_envs, visuals, variation
         cuda = device == "cuda"
+        tell_once()
         forget_overlays()
         with self._building():
             env = gym.make(
