@@ -1,8 +1,11 @@
 """Collections that are interrupted, continued and extended, on the real simulator."""
 
 import shutil
+import sys
 import threading
 import time
+from functools import partial
+from pathlib import Path
 
 import datasets
 import pytest
@@ -11,8 +14,14 @@ from filelock import FileLock
 
 from trl_stare.actors import load_actor
 from trl_stare.data import collect_dataset, load_trajectories, stored_settings
+from trl_stare.data.actors import policy_actor
 from trl_stare.envs import make_env
+from trl_stare.policies import TokenPolicy
 from trl_stare.stages import get_plan
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
+from ppo_toy import PLAN as TOY_PLAN  # noqa: E402
+from ppo_toy import STATS, ToyEnv  # noqa: E402
 
 TASK = "StackCube-v1"
 PLAN = get_plan(TASK)
@@ -197,3 +206,29 @@ def test_no_episodes(env, tmp_path):
         collected(env, tmp_path / "demos", 0)
     with pytest.raises(ValueError, match="`episodes_per_seed` must be at least 1, got 0"):
         collected(env, tmp_path / "demos", 1, episodes_per_seed=0)
+
+
+def test_interrupted_again_and_again_no_episode_is_played_twice(tmp_path):
+    """A block that begins with the same episode has the same random numbers: another repeat of its seed must not meet them."""
+    torch.manual_seed(0)
+    policy = TokenPolicy.create_tiny(STATS, image_size=16, chunk_size=1, action_dim=1, num_bins=401, state_size=1)
+
+    def collect(**options):
+        make = partial(policy_actor, policy, temperature=1.0)
+        collect_dataset(
+            ToyEnv(num_envs=8), lambda generator: make(generator=generator), tmp_path / "rollouts", TOY_PLAN, episodes=24,
+            episodes_per_seed=6, progress=False, **options,
+        )  # fmt: skip
+
+    def interrupt(trajectory):
+        told.append(trajectory)
+        if len(told) == 2:
+            raise Interrupted
+
+    for _ in range(6):
+        told = []
+        with pytest.raises(Interrupted):
+            collect(on_episode=interrupt)
+    collect()
+    played = [(t.seed, *t.trace.flatten().tolist()) for t in load_trajectories(tmp_path / "rollouts")]
+    assert len(played) == len(set(played)) == 24

@@ -116,7 +116,7 @@ def _play_missing(
 ) -> Iterator[Trajectory]:
     """Play what `ledger` has not yet, block by block, write it down, and yield what is kept."""
     while keys := ledger.missing(episodes, at_least=env.num_envs)[:BLOCK_EPISODES]:
-        actor = make_actor(_generator(seed, keys[0]))
+        actor = make_actor(_generator(seed, keys[0], sum(key > keys[0] for key in ledger.played)))
         for index, trajectory in stream(env, actor, [key.seed for key in keys], name=name):
             if ledger.add(keys[index], trajectory, plan):
                 yield trajectory
@@ -138,9 +138,12 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _generator(seed: int, first: Key) -> torch.Generator:
-    """The random numbers of the block of episodes that begins with `first`."""
-    entropy = int(np.random.SeedSequence([seed, *first]).generate_state(1)[0])
+def _generator(seed: int, first: Key, later: int) -> torch.Generator:
+    """The random numbers of the block of episodes that begins with `first`, `later` of which were played before an interruption.
+
+    Those played might come again otherwise: the same random numbers, in another episode of the same seed.
+    """
+    entropy = int(np.random.SeedSequence([seed, *first, *([later] if later else [])]).generate_state(1)[0])
     return torch.Generator().manual_seed(entropy)
 
 
