@@ -212,7 +212,7 @@ class VLAPolicy(Protocol):
     ) -> Tensor:
         """Scalar, differentiable: how badly the entries of `trace` in `mask` `[N, L]` are imitated.
 
-        Mean over rows, or weighted by `weight` `[N]`.
+        Mean over rows, each times its `weight` `[N]`, whose mean over the dataset is 1.
         """
 
     def encode(self, actions: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def imitation_loss(
 ) -> Tensor:
     """Cross-entropy `[N, L, num_bins]` against bins `[N, L]`, smoothed over neighbouring bins.
 
-    The mean over rows of the mean over their tokens in `mask` `[N, L]`; rows weighted by `weight` `[N]`.
+    The mean over rows of the mean over their tokens in `mask` `[N, L]`, times `weight` `[N]`, whose mean over the dataset is 1: not
+    over the batch, of which gradient accumulation and processes take further means.
 
     The target is `softmax(-(bin - label)^2 / (2 soft_bins^2))`: a near miss costs less than a far one.
     """
@@ -77,4 +78,4 @@ def imitation_loss(
         losses = -logps.gather(-1, labels[..., None]).squeeze(-1)
     mask = torch.ones_like(losses) if mask is None else mask.to(losses.dtype)
     losses = (losses * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-    return losses.mean() if weight is None else (losses * weight).sum() / weight.sum()
+    return (losses if weight is None else losses * weight).mean()

@@ -202,8 +202,7 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
         losses = (errors * kept).sum(-1) / kept.sum(-1).clamp(min=1)
         if weight is None:
             return losses.mean()
-        weight = weight.to(losses)
-        return (losses * weight).sum() / weight.sum()
+        return (losses * weight.to(losses)).mean()
 
     def encode(self, actions: Tensor) -> Tensor:
         """`[N, C, A]` robot units -> `[N, L]` trace without a chain."""
