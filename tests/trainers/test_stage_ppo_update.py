@@ -175,3 +175,29 @@ def test_a_preset_lies_below_a_yaml_file_and_flags(tmp_path):
     )
     assert (config.gamma, config.num_minibatches, config.gae_lambda) == (0.9, 8, 0.7)
     assert config.bootstrap_on_truncation is False and config.learning_rate == 1e-4
+
+
+def test_adam_does_not_count_the_updates_in_which_the_policy_is_held(tmp_path):
+    """A gradient of 0 would be counted, and the first real steps after a warm-up be up to three times too large."""
+    trainer = make_trainer(tmp_path, num_train_epochs=3, value_warmup_iterations=1)
+    trainer.train()
+    counts = [
+        {int(trainer.optimizer.state[p]["step"]) for p in group["params"] if p in trainer.optimizer.state}
+        for group in trainer.optimizer.param_groups
+    ]
+    assert counts == [{8}, {12}]  # updates of the policy, and of the critic
+
+
+def test_a_frozen_policy_is_refused(tmp_path):
+    policy = make_policy()
+    policy.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="must be trainable, got one without a trainable weight"):
+        make_trainer(tmp_path, policy=policy)
+
+
+def test_every_iteration_is_saved_unless_something_else_is_asked_for(tmp_path):
+    """Five hundred updates, Trainer's default, are longer than most runs."""
+    plain = StagePPOConfig("somewhere")
+    saving = {name: getattr(plain, name) for name in ("save_strategy", "save_total_limit")}
+    make_trainer(tmp_path, num_train_epochs=3, **saving).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from trl import ModelConfig, get_peft_config
 
@@ -18,3 +21,20 @@ def get_policy_peft_config(model_args: ModelConfig) -> PeftConfig | None:
     if config is not None:
         config.task_type = None
     return config
+
+
+def require_trainable(model: Any, peft_config: PeftConfig | None = None) -> None:
+    """Refuse a model on which training would be lost.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): what is to be trained. peft_config ([`~peft.PeftConfig`], *optional*): of a new adapter.
+
+    Raises:
+        ValueError: if an adapter was loaded into the model itself, where a new one would take its place, or nothing is trainable.
+    """
+    loaded = getattr(model, "_hf_peft_config_loaded", False) and not is_peft_model(model)
+    if loaded or (peft_config is None and not any(parameter.requires_grad for parameter in model.parameters())):
+        found = "one that an adapter was loaded into" if loaded else "one without a trainable weight"
+        raise ValueError(
+            f"`policy.model` must be trainable, got {found}. Load it from `whole_checkpoint(...)`, or put a new adapter on it."
+        )

@@ -107,7 +107,8 @@ class RolloutBoundaries(TrainerCallback):
 class UpdateGuard(TrainerCallback):
     """Skips updates whose loss or gradient is not finite, in all processes alike, and ends the run after too many in a row.
 
-    Without a gradient an optimizer leaves a parameter and its moments alone. DeepSpeed updates within `backward`: there the update
+    Without a gradient an optimizer leaves a parameter and its moments alone: so also the policy's while it is held, of whose updates
+    Adam would else count those with a gradient of 0, and make its first real steps too large. DeepSpeed updates within `backward`: there the update
     is not skipped, only counted.
 
     Args:
@@ -138,6 +139,9 @@ class UpdateGuard(TrainerCallback):
         self._loss_was_finite = True
         if not self.trainer.any_process(not is_good):
             self.in_a_row = 0
+            if self.trainer.holds_policy:
+                for parameter in optimizer.param_groups[0]["params"]:
+                    parameter.grad = None
             return
         optimizer.zero_grad(set_to_none=True)
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1

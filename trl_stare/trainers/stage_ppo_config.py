@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.trainer_utils import SaveStrategy
 
 from trl_stare.losses import RATIO_LEVELS
 from trl_stare.stages import POTENTIAL_FORMS
@@ -59,7 +60,7 @@ class StagePPOConfig(_BaseConfig):
     Configuration of [`StagePPOTrainer`].
 
     One PPO iteration (a rollout and its updates) is one epoch of the Trainer: `num_train_epochs` is the number of iterations,
-    `save_strategy="epoch"` saves at rollout boundaries, `learning_rate` is the policy's.
+    checkpoints are saved at rollout boundaries (by default at each, and two are kept), `learning_rate` is the policy's.
 
     Parameters:
         episodes_per_iteration (`int`, defaults to `128`):
@@ -191,6 +192,11 @@ class StagePPOConfig(_BaseConfig):
     logging_steps: float = field(
         default=1, metadata={"help": "Unused by rollout metrics, which are logged per iteration."}
     )
+    save_strategy: SaveStrategy | str = field(
+        default="epoch",
+        metadata={"help": "When to save: an epoch is an iteration, between two of which a run can be continued."},
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Newest checkpoints that are kept; None: all."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Recompute activations. Off by default."}
     )

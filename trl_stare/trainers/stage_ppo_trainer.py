@@ -23,6 +23,7 @@ from trl_stare.interfaces import VectorEnv, VLAPolicy
 from trl_stare.stages import StagePlan
 from trl_stare.trainers._compat import _BaseTrainer, restore_weights
 from trl_stare.trainers.actor_critic import SIMULATOR_CRITICS, ActorCritic, ValueHead, simulator_features
+from trl_stare.trainers.adapters import require_trainable
 from trl_stare.trainers.boundaries import RolloutBoundaries, RolloutStopped, StopRequest, UpdateGuard
 from trl_stare.trainers.checkpointing import AtomicCheckpoints
 from trl_stare.trainers.curriculum import StageCurriculum
@@ -60,7 +61,7 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         callbacks (`list[TrainerCallback]`, *optional*): as in [`~transformers.Trainer`].
 
     Raises:
-        ValueError: if the plan reads signals that the environment lacks, or if there are no starts.
+        ValueError: if the plan reads signals that the environment lacks, or if there are no starts, or nothing to train.
 
     Example:
 
@@ -91,12 +92,13 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         plan.validate_signals(env.signal_names)
         check_starts(train_dataset, eval_dataset)
         check_reward(args.reward, env.signal_names, env.task)
+        require_trainable(policy.model)
         refuse_fsdp()
         self.policy, self.env, self.plan = policy, env, plan
         self.shaping_plan = plan.rescaled(args.potential_scale)
         self.env_steps = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._stopped_iteration, self._is_first_minibatch = -1, True
+        self._stopped_iteration, self._is_first_minibatch, self.holds_policy = -1, True, False
         self.reference = PolicyReference(policy) if args.kl_coef else None
         self.curriculum = StageCurriculum(
             plan,
@@ -271,7 +273,8 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         return True
 
     def _hold_policy(self, hold: bool) -> None:
-        """Without a gradient momentum and weight decay would go on moving the policy; with a learning rate of 0 nothing does."""
+        """Momentum and weight decay would go on moving the policy; with a learning rate of 0 nothing does. See also [`UpdateGuard`]."""
+        self.holds_policy = hold
         if self.optimizer is not None:
             self.optimizer.param_groups[0]["lr"] = 0.0 if hold else self.lr_scheduler.get_last_lr()[0]
 
