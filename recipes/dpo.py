@@ -10,7 +10,7 @@ All data are checked before anything else is done. Episodes stay on disk; the ro
 
 `ddp.yaml`, `fsdp.yaml`, `zero2.yaml` and `zero3.yaml` with `--num_processes N` train on N GPUs, or on a CPU in N processes. Every field of
 `StageDPOConfig` is a flag (`--loss_type ipo --objective tpo-mean`), or a line of a file given as `--config FILE`; LoRA is
-`--use_peft --lora_target_modules q_proj v_proj`. The same command with the same `--output_dir` continues where it stopped.
+`--use_peft --lora_target_modules q_proj v_proj`; an adapter that `--model` brings along is first merged, into `OUTPUT_DIR/base`. The same command with the same `--output_dir` continues where it stopped.
 """
 
 import logging
@@ -19,7 +19,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from huggingface_hub import snapshot_download
 from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
@@ -33,6 +32,8 @@ from trl_stare.data import (
     validate_dataset,
 )
 from trl_stare.data.hub import find_dataset
+from trl_stare.policies.adapters import whole_checkpoint
+from trl_stare.runs import last_checkpoint
 from trl_stare.trainers import get_policy_peft_config
 
 logger = logging.getLogger("dpo")
@@ -65,13 +66,12 @@ def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) ->
         if first:
             validate_dataset(trajectories, preferences)
             warn_of_other_temperatures(trajectories, config.temperature)
-        checkpoint = args.model
-        if not Path(checkpoint).is_dir():
-            checkpoint = snapshot_download(args.model, revision=model_args.model_revision)
-    # by all processes at once: ZeRO-3 divides the weights among them
-    policy = TokenPolicy.from_pretrained(
-        checkpoint, args.unnorm_key, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    checkpoint = whole_checkpoint(
+        args.model, Path(config.output_dir) / "base", args.unnorm_key, revision=model_args.model_revision, **options
     )
+    # by all processes at once: ZeRO-3 divides the weights among them
+    policy = TokenPolicy.from_pretrained(checkpoint, args.unnorm_key, **options)
     rows = Path(config.output_dir) / "_pairs" / "pairs.arrow"
     with PartialState().local_main_process_first():
         if first:
@@ -79,7 +79,7 @@ def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) ->
             check_traces(episodes, policy)
             pairs_dataset(episodes, load_pairs(preferences), file=rows)
     trainer = StageDPOTrainer(policy, config, Dataset.from_file(str(rows)), peft_config=peft_config)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_whole_checkpoint(config.output_dir))
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_checkpoint(config.output_dir))
     trainer.save_model(config.output_dir)
     trainer.end()
 
@@ -102,12 +102,6 @@ def warn_of_other_temperatures(trajectories: Path, temperature: float) -> None:
             " and ".join(map(str, others)),
             temperature,
         )
-
-
-def last_whole_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint that has its state, which is written last: a run killed while saving leaves one without."""
-    whole = [file.parent for file in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ from trl_stare.evaluation import (
 )
 from trl_stare.interfaces import ACTION_DIM
 from trl_stare.policies import norm_stats
-from trl_stare.policies.adapters import merge_checkpoint
+from trl_stare.policies.adapters import merge_checkpoint, whole_checkpoint
 from trl_stare.runs import Stopwatch, as_number, claim_folder, last_checkpoint, set_entries
 from trl_stare.tasks import import_tasks
 
@@ -261,7 +261,10 @@ def collect_rollouts(
 
 def load_policy(args: IPIArguments, checkpoint: str) -> TokenPolicy:
     """A checkpoint, refused if it acts in other chunks than the environment, or would see its pictures blown up."""
-    policy = TokenPolicy.from_pretrained(checkpoint, **(args.policy if checkpoint == args.init_checkpoint else {}))
+    given = args.policy if checkpoint == args.init_checkpoint else {}
+    folder = whole_checkpoint(checkpoint, Path(args.output_dir) / "base", **given)
+    policy = TokenPolicy.from_pretrained(folder, **given)
+    policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
     policy.keep_statistics()
     if (policy.chunk_size, policy.action_dim) != (args.chunk_size, ACTION_DIM):
         raise ValueError(

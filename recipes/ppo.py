@@ -22,7 +22,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import set_seed
-from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, TrlParser
 
 from trl_stare import (
@@ -39,7 +38,7 @@ from trl_stare.actors import load_actor
 from trl_stare.data import TrajectoryFolder, collect_dataset
 from trl_stare.evaluation import PLAIN_PPO, write_episodes, write_model_card
 from trl_stare.policies import norm_stats
-from trl_stare.policies.adapters import merge_adapter
+from trl_stare.policies.adapters import whole_checkpoint
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config, preset_fields
 
@@ -113,27 +112,14 @@ def main(args: PPOArguments, config: StagePPOConfig, model_args: ModelConfig) ->
 
 def load(args: PPOArguments, model_args: ModelConfig, out: Path) -> TokenPolicy:
     """The checkpoint, under a new adapter if one was asked for."""
-    checkpoint, peft_config = args.model or out / "initial", get_policy_peft_config(model_args)
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
-    if peft_config is None:
-        return TokenPolicy.from_pretrained(checkpoint, args.unnorm_key, **options)
-    if find_adapter_config_file(checkpoint) is not None:
-        # an adapter's folder names what lies under it: that has to be a checkpoint too
-        checkpoint = merge(checkpoint, args.unnorm_key, out / "base", options)
+    checkpoint = whole_checkpoint(
+        args.model or out / "initial", out / "base", args.unnorm_key, revision=model_args.model_revision, **options
+    )
     policy = TokenPolicy.from_pretrained(checkpoint, args.unnorm_key, **options)
-    policy.model = get_peft_model(policy.model, peft_config)
+    if (peft_config := get_policy_peft_config(model_args)) is not None:
+        policy.model = get_peft_model(policy.model, peft_config)
     return policy
-
-
-def merge(adapter: str | Path, unnorm_key: str | None, folder: Path, options: dict[str, Any]) -> Path:
-    """Write the whole weights of `adapter` and its base to `folder`, unless they are there."""
-    with PartialState().local_main_process_first():
-        if not folder.exists():
-            policy = TokenPolicy.from_pretrained(adapter, unnorm_key, **options)
-            policy.model = merge_adapter(policy.model)
-            policy.save_pretrained(folder.with_suffix(".part"))
-            folder.with_suffix(".part").rename(folder)
-    return folder
 
 
 def imitate(args: PPOArguments, config: StagePPOConfig, plan: Any) -> None:
@@ -164,9 +150,12 @@ def imitate(args: PPOArguments, config: StagePPOConfig, plan: Any) -> None:
 def report(args: PPOArguments, config: StagePPOConfig, trainer: StagePPOTrainer) -> None:
     """Evaluate the policy as it loads, and write its card."""
     env, folder = trainer.env, Path(config.output_dir) / "policy"
+    policy = TokenPolicy.from_pretrained(folder, args.unnorm_key)
+    policy.model.eval().to(trainer.args.device)
     result, episodes = evaluate(
-        TokenPolicy.from_pretrained(folder, args.unnorm_key), env, trainer.plan, trainer.eval_dataset["seed"],
-        temperature=config.temperature, seed=config.seed, train_seeds=trainer.train_dataset["seed"],
+        policy, env, trainer.plan, trainer.eval_dataset["seed"],
+        temperature=config.temperature if config.eval_temperature is None else config.eval_temperature,
+        seed=config.seed, train_seeds=trainer.train_dataset["seed"],
     )  # fmt: skip
     wall_s = trainer.state.log_history[-1].get("train_runtime", 0.0)
     write_episodes(folder / "evaluation.jsonl", episodes)

@@ -13,6 +13,7 @@ neither tokenizer nor statistics: `--tokenizer` names the one, the others are th
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from trl import ModelConfig, TrlParser
 from trl_stare import StageSFTConfig, StageSFTTrainer, TokenPolicy, get_plan
 from trl_stare.data import TrajectoryFolder
 from trl_stare.policies import load_lerobot_policy, quantile_statistics
-from trl_stare.policies.adapters import merge_adapter
+from trl_stare.policies.adapters import merge_adapter, whole_checkpoint
 from trl_stare.policies.conventions import get_convention
 from trl_stare.runs import last_checkpoint
 from trl_stare.tasks import import_tasks
@@ -66,7 +67,7 @@ def main(args: SFTArguments, config: StageSFTConfig, model_args: ModelConfig) ->
     import_tasks(args.task_module)
     set_seed(config.seed)  # LoRA's first weights are random
     shown = TrajectoryFolder(args.demonstrations)
-    policy = load(args, model_args)
+    policy = load(args, model_args, Path(config.output_dir))
     peft_config = get_policy_peft_config(model_args)
     trainer = StageSFTTrainer(policy, config, shown, get_plan(shown[0].task), peft_config=peft_config)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_checkpoint(config.output_dir))
@@ -78,9 +79,9 @@ def main(args: SFTArguments, config: StageSFTConfig, model_args: ModelConfig) ->
     PartialState().wait_for_everyone()
 
 
-def load(args: SFTArguments, model_args: ModelConfig) -> TokenPolicy:
-    """The checkpoint with the settings that were given, and with one set of statistics."""
-    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+def load(args: SFTArguments, model_args: ModelConfig, folder: Path) -> TokenPolicy:
+    """The checkpoint with the settings that were given, and with one set of statistics; what is merged for it goes to `folder`."""
+    options: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if args.tokenizer is not None:
         convention = args.action_convention or "identity"
         return load_lerobot_policy(
@@ -90,18 +91,17 @@ def load(args: SFTArguments, model_args: ModelConfig) -> TokenPolicy:
             settings=args.lerobot | {"flow": args.lerobot.get("flow", {}) | {"action_convention": convention}},
             **options,
         )
+    checkpoint = whole_checkpoint(
+        args.model, folder / "base", args.unnorm_key, revision=model_args.model_revision, **options
+    )
     changes: dict[str, Any] = {"oft": args.oft} if args.oft else {}
     if args.action_convention is not None:
         changes["action_convention"] = args.action_convention
     if args.new_statistics:
-        convention = args.action_convention or AutoConfig.from_pretrained(args.model).action_convention
+        convention = args.action_convention or AutoConfig.from_pretrained(checkpoint).action_convention
         changes["norm_stats"] = statistics_of(args, convention, "proprio")
-    policy = TokenPolicy.from_pretrained(
-        args.model,
-        None if args.new_statistics else args.unnorm_key,
-        **options,
-        **changes,
-    )
+    key = None if args.new_statistics else args.unnorm_key
+    policy = TokenPolicy.from_pretrained(checkpoint, key, **options, **changes)
     policy.keep_statistics()
     return policy
 

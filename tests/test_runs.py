@@ -77,6 +77,8 @@ def test_a_flag_of_no_section_is_refused_and_the_sections_are_named(flag):
 
 def test_the_last_checkpoint_of_a_folder_that_rank_0_has_yet_to_make(tmp_path):
     assert last_checkpoint(tmp_path / "new") is None and last_checkpoint(tmp_path) is None
-    for step in (2, 10):
+    for step in (2, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10"), "12 was cut off while it was saved"

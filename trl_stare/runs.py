@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 Settings = TypeVar("Settings")
 
@@ -100,10 +100,11 @@ def set_entries(settings: Settings, flags: Sequence[str]) -> Settings:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint in a trainer's output folder; `None` where there is none, or no folder yet.
+    """The newest whole checkpoint in a trainer's output folder; `None` where there is none, or no folder yet.
 
-    Rank 0 alone makes the folder, when its trainer is built: the others may be here before.
+    Its state is written last: a run that was killed while saving leaves one without.
 
     Example: `last_checkpoint("new")` is `None`, where [`~transformers.trainer_utils.get_last_checkpoint`] raises.
     """
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    whole = [file.parent for file in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None

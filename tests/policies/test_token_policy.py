@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_stare.interfaces import Observation, VLAPolicy
 from trl_stare.policies import ActionBins, StareVLAPolicy, TokenPolicy, norm_stats
+from trl_stare.policies.adapters import whole_checkpoint
 
 STATS = {
     "StackCube-v1": {
@@ -170,3 +172,21 @@ def test_masked_tokens_and_weights_do_what_they_say():
     first = policy.imitation_loss({k: v[:1] for k, v in inputs.items()}, trace[:1], mask[:1])
     weighted = policy.imitation_loss(inputs, trace, mask, torch.tensor([2.0, 0.0]))
     torch.testing.assert_close(weighted, first, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_s_whole_checkpoint_acts_as_it_does_and_can_be_trained(tmp_path):
+    policy = make_policy()
+    policy.save_pretrained(tmp_path / "base")
+    assert whole_checkpoint(tmp_path / "base", tmp_path / "merged") == tmp_path / "base"
+    adapted = TokenPolicy.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted.model = get_peft_model(adapted.model, lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for _ in range(2):  # the second time it is there
+        assert whole_checkpoint(tmp_path / "adapter", tmp_path / "merged") == tmp_path / "merged"
+    whole = TokenPolicy.from_pretrained(tmp_path / "merged")
+    inputs = policy.prepare(make_obs(3))
+    trace = policy.act(inputs, temperature=1.0, generator=torch.Generator().manual_seed(0)).trace
+    torch.testing.assert_close(whole.score(inputs, trace), adapted.score(inputs, trace), atol=1e-4, rtol=1e-4)
+    assert (whole.score(inputs, trace) - policy.score(inputs, trace)).abs().max() > 1e-2
+    assert all(parameter.requires_grad for parameter in whole.model.parameters())

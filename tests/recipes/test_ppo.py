@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -109,3 +110,22 @@ def test_killed_in_rollout_update_and_saving_the_smoke_run_ends_the_same(tmp_pat
     assert any((first[name] != last[name]).any() for name in first), "nothing was trained"
     assert TokenPolicy.from_pretrained(killed / "policy").chunk_size == 4
     assert "success_once" in (killed / "policy" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("flags", "temperature"), [([], 1.0), (["--eval_temperature", "0.6"], 0.6)])
+def test_what_is_published_is_played_at_the_temperature_of_evaluation(
+    recipe, monkeypatch, tmp_path, flags, temperature
+):
+    stats = {"action": {"scale": [1.0] * 7}, "state": {"mean": [0.0] * 8, "std": [1.0] * 8}}
+    TokenPolicy.create_tiny({"StackCube-v1": stats}, image_size=16).save_pretrained(tmp_path / "policy")
+    args, config = parse(recipe, "--output_dir", str(tmp_path), "--use_cpu", "True", *flags)
+
+    def evaluate(policy, *_, temperature, **__):
+        assert policy.device == config.device and not policy.model.training
+        raise InterruptedError(temperature)
+
+    monkeypatch.setattr(recipe, "evaluate", evaluate)
+    starts = {"seed": [0]}
+    trainer = SimpleNamespace(env=None, plan=None, args=config, eval_dataset=starts, train_dataset=starts)
+    with pytest.raises(InterruptedError, match=f"^{temperature}$"):
+        recipe.report(args, config, trainer)

@@ -321,3 +321,9 @@ def test_the_trainer_refuses_rows_that_do_not_fit(policy, tmp_path):
     for rows, options, message in cases:
         with pytest.raises(ValueError, match=message):
             make_trainer(policy, tmp_path, rows, **options)
+
+
+def test_nothing_to_train_is_refused(policy, tmp_path):
+    policy.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="must be trainable, got one without a trainable weight"):
+        make_trainer(policy, tmp_path)

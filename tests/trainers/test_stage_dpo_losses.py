@@ -102,4 +102,6 @@ def test_lora_in_bf16_with_gradient_checkpointing_and_micro_batches(tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+    # in the reference's own precision: the adapter begins as zero
+    assert trainer.state.log_history[0]["rewards/chosen"] == trainer.state.log_history[0]["rewards/rejected"] == 0.0
     assert all(torch.equal(parameter, before) for parameter, before in base)

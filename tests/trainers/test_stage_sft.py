@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from trl_stare.data import DemonstrationCollator, Trajectory, demonstration_dataset
 from trl_stare.policies import TokenPolicy
@@ -57,7 +58,7 @@ def make_policy() -> TokenPolicy:
     return TokenPolicy.create_tiny(STATS, image_size=32, chunk_size=3, soft_bins=0.0)
 
 
-def make_trainer(folder, policy: TokenPolicy, **config) -> StageSFTTrainer:
+def make_trainer(folder, policy: TokenPolicy, peft_config=None, **config) -> StageSFTTrainer:
     options = {
         "max_steps": 6,
         "per_device_train_batch_size": 4,
@@ -69,7 +70,8 @@ def make_trainer(folder, policy: TokenPolicy, **config) -> StageSFTTrainer:
         "lr_scheduler_type": "constant",
     }
     args = StageSFTConfig(str(folder), **(options | config))
-    return StageSFTTrainer(policy, args, [make_demonstration(seed=seed) for seed in range(4)], PLAN)
+    demonstrations = [make_demonstration(seed=seed) for seed in range(4)]
+    return StageSFTTrainer(policy, args, demonstrations, PLAN, peft_config=peft_config)
 
 
 def test_rows_carry_the_stage_and_its_weight():
@@ -113,7 +115,7 @@ def test_stage_balance_changes_the_loss_and_nothing_else(tmp_path):
     for balanced in (False, True):
         policy = make_policy()
         trainer = make_trainer(tmp_path, policy, stage_balanced=balanced)
-        batch = trainer.data_collator([{"trajectory": 0, "decision": d, "weight": w} for d, w in ((0, 1.5), (4, 0.5))])
+        batch = trainer.data_collator([{"trajectory": 0, "decision": d, "weight": w} for d, w in ((0, 1.5), (4, 1.0))])
         with torch.no_grad():
             losses.append(trainer.compute_loss(trainer.model, batch).item())
             each = [
@@ -125,7 +127,8 @@ def test_stage_balance_changes_the_loss_and_nothing_else(tmp_path):
                 for i in range(2)
             ]
     assert losses[0] == pytest.approx((each[0] + each[1]) / 2, abs=1e-5)
-    assert losses[1] == pytest.approx((1.5 * each[0] + 0.5 * each[1]) / 2, abs=1e-5)
+    # not divided by the batch's own weights: with one decision in a micro-batch nothing would be left of them
+    assert losses[1] == pytest.approx((1.5 * each[0] + 1.0 * each[1]) / 2, abs=1e-5)
 
 
 def test_resuming_is_exact(tmp_path):
@@ -138,3 +141,15 @@ def test_resuming_is_exact(tmp_path):
         whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
     ):
         assert torch.equal(first, second), name
+
+
+def test_an_adapter_that_was_loaded_into_the_model_is_refused(tmp_path):
+    """It would take the place of what `--use_peft` adds, or be frozen."""
+    policy, lora = make_policy(), LoraConfig(r=2, target_modules=["q_proj"])
+    policy.save_pretrained(tmp_path / "base")
+    policy = TokenPolicy.from_pretrained(tmp_path / "base")
+    policy.model = get_peft_model(policy.model, lora)
+    policy.save_pretrained(tmp_path / "adapter")
+    for config in (None, lora):
+        with pytest.raises(ValueError, match="must be trainable, got one that an adapter was loaded into"):
+            make_trainer(tmp_path, TokenPolicy.from_pretrained(tmp_path / "adapter"), peft_config=config)

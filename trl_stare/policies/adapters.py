@@ -6,9 +6,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import find_adapter_config_file
 
 from trl_stare.interfaces import ADAPTER_CONFIG_NAME
 from trl_stare.policies.pretrained import PretrainedPolicy
@@ -51,3 +55,44 @@ def merge_checkpoint(folder: str | Path) -> None:
     policy.save_pretrained(folder)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
         (Path(folder) / name).unlink(missing_ok=True)
+
+
+def whole_checkpoint(
+    checkpoint: str | Path,
+    folder: str | Path,
+    unnorm_key: str | None = None,
+    *,
+    revision: str | None = None,
+    **loading: Any,
+) -> Path:
+    """Where a checkpoint is whose weights can be trained: an adapter is first merged with its base.
+
+    transformers loads an adapter into the model, with all weights frozen: training would change nothing, and a new adapter
+    would take the place of the old.
+
+    Args:
+        checkpoint (`str` or `Path`): a folder or a Hub id. folder (`str` or `Path`): where what is merged is kept, written once.
+        unnorm_key (`str`, *optional*), loading: for [`PretrainedPolicy.from_pretrained`]. revision (`str`, *optional*): on the Hub.
+
+    Returns:
+        `Path`: the checkpoint's own folder, its download, or `folder`.
+
+    Raises:
+        ValueError: of an adapter under ZeRO-3, where no process has all weights.
+    """
+    folder = Path(folder)
+    with PartialState().local_main_process_first():
+        if not Path(checkpoint).is_dir():
+            checkpoint = snapshot_download(str(checkpoint), revision=revision)
+        if find_adapter_config_file(checkpoint) is None:
+            return Path(checkpoint)
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                f"`{checkpoint}` must hold whole weights under ZeRO-3, got an adapter. Merge it by `merge_checkpoint` first."
+            )
+        if not folder.exists():
+            policy = PretrainedPolicy.from_pretrained(checkpoint, unnorm_key, **loading)
+            policy.model = merge_adapter(policy.model)
+            policy.save_pretrained(folder.with_suffix(".part"))
+            folder.with_suffix(".part").rename(folder)
+    return folder

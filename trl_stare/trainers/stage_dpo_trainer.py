@@ -32,6 +32,7 @@ from trl_stare.trainers._compat import (
     restore_weights,
     use_adapter,
 )
+from trl_stare.trainers.adapters import require_trainable
 from trl_stare.trainers.stage_dpo_card import write_preference_card
 from trl_stare.trainers.stage_dpo_config import SUMMED, StageDPOConfig
 from trl_stare.trainers.stage_dpo_metrics import pair_metrics
@@ -70,7 +71,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     (tests with two processes on a CPU). FSDP, GPUs and several machines have not been run yet.
 
     Raises:
-        ValueError: if the rows are not stage pairs, are none, or do not fit the objective.
+        ValueError: if the rows are not stage pairs, are none, or do not fit the objective, or if there is nothing to train.
 
     Example:
         ```python
@@ -101,6 +102,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
             raise TypeError(f"`args` must be a StageDPOConfig, got {type(args).__name__}.")
         # the parent looks at the first row before it asks us to prepare any
         _require_pairs("train", train_dataset)
+        require_trainable(policy.model, peft_config)
         # the parent's constructor comes back to these (`_prepare_dataset`, `compute_ref_log_probs`)
         self.policy, self.ref_policy = policy, ref_policy
         self.stage_names: list[str] = []
@@ -315,7 +317,10 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = self._score_pairs(model, self.policy, inputs, self.args.centered)
+        with (
+            self.accelerator.autocast()
+        ):  # an adapter's own `forward` is not called, which accelerate would have wrapped
+            chosen, rejected = self._score_pairs(model, self.policy, inputs, self.args.centered)
         weights = (
             None if self.args.stage_weights is None else chosen.new_tensor(self.args.stage_weights)[inputs["stages"]]
         )

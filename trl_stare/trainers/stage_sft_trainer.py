@@ -16,6 +16,7 @@ from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import VLAPolicy
 from trl_stare.stages import StagePlan
 from trl_stare.trainers._compat import SavesAdapterConfig, forward_once, keep_forward, restore_weights
+from trl_stare.trainers.adapters import require_trainable
 from trl_stare.trainers.stage_sft_config import StageSFTConfig
 
 
@@ -35,7 +36,7 @@ class StageSFTTrainer(SavesAdapterConfig, SFTTrainer):
         callbacks, optimizers, peft_config (*optional*): as in [`~trl.SFTTrainer`].
 
     Raises:
-        ValueError: if there is no demonstration.
+        ValueError: if there is no demonstration, or nothing to train.
 
     Example:
 
@@ -59,6 +60,7 @@ class StageSFTTrainer(SavesAdapterConfig, SFTTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
     ):
+        require_trainable(policy.model, peft_config)
         self.policy = policy
         demonstrations = light(demonstrations)  # read once for both the rows and the batches
         model = policy.model.get_base_model() if is_peft_model(policy.model) else policy.model
