@@ -1,7 +1,7 @@
 """One page about one or several evaluations: tables, stage funnels, learning curves, and the failures by stage.
 
     python recipes/report.py outputs/eval/imitation outputs/eval/interaction --output_dir outputs/report
-    python recipes/report.py outputs/eval/ppo --history outputs/ppo/trainer_state.json --output_dir outputs/report
+    python recipes/report.py outputs/eval/ppo --history outputs/ppo/checkpoint-240/trainer_state.json --output_dir outputs/report
 
 `report.html` needs nothing but itself: send it, open it on a phone. `report.md` has the same tables.
 """

@@ -1,4 +1,4 @@
-"""Preference pairs by stage: which of two episodes did better, in which stage; usually from the same start (method.md 3)."""
+"""Preference pairs by stage: which of two episodes did better, in which stage; usually from the same start."""
 
 from __future__ import annotations
 

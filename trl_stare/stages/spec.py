@@ -216,7 +216,7 @@ class StagePlan:
         return distances / distances.new_tensor([stage.scale for stage in self.stages])
 
     def costs(self, signals: Signals) -> Tensor:
-        """What a moment costs in each stage, `[..., K]`: `distance_k / cost_scale_k` (method.md 2)."""
+        """What a moment costs in each stage, `[..., K]`: `distance_k / cost_scale_k`."""
         distances = self.distances(signals)
         scales = [stage.scale if stage.cost_scale is None else stage.cost_scale for stage in self.stages]
         return distances / distances.new_tensor(scales)
@@ -232,7 +232,7 @@ class StagePlan:
         return self._progress(signals, self.current_stage(signals))
 
     def potential(self, signals: Signals, form: str = "staged") -> Tensor:
-        """The potential of each moment, `[...]`, for [`shaped_reward`] (method.md 2).
+        """The potential of each moment, `[...]`, for [`shaped_reward`].
 
         Args:
             signals (`Signals`): name -> `[...]` or `[..., D]`.

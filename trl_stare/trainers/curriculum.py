@@ -18,7 +18,7 @@ LATEST_ENTRY = 0.75
 
 
 class StageCurriculum:
-    """Begins a share of the episodes at the entry of the stage with the lowest P(stage k | stage k-1) (method.md 4).
+    """Begins a share of the episodes at the entry of the stage with the lowest P(stage k | stage k-1).
 
     A beginning is the seed and the actions with which an earlier episode of this run, or a demonstration, entered the stage.
     Replaying them is exact; restoring a simulator's state is not (faults.md 4). For training only: an evaluation begins at

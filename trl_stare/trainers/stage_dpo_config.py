@@ -38,7 +38,7 @@ class StageDPOConfig(DPOConfig):
             `"sta-tpo"`: stage pairs, mean over the stage's decisions, as the paper has it. `"sta-tpo-sum"`: their sum, which
             gives a decision the same weight in a short segment and in a long one. `"tpo-mean"`, `"tpo-sum"`: whole trajectories.
         beta (`float`, *optional*, defaults to `1.0`):
-            Inverse temperature. With the mean over decisions 1.0 is about GRAPE's 0.1 on a sum of 8 (method.md 3).
+            Inverse temperature. With the mean over decisions 1.0 is about GRAPE's 0.1 on a sum of 8.
         temperature (`float`, *optional*, defaults to `1.0`):
             At which the rollouts were sampled, and the policy is going to be: log-likelihoods of policy and reference are
             taken at it, as [`StagePPOConfig`] does. Pairs of actions that were sampled at 0.3 say what a policy at 0.3 should do.

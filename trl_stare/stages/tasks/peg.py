@@ -15,18 +15,18 @@ from trl_stare.stages.registry import register_plan
 from trl_stare.stages.spec import Stage, StagePlan
 
 LENGTH = 0.3
-"""`L_k` of distances in metres: about how far apart things on the table are at first (method.md 2)."""
+"""`L_k` of distances in metres: about how far apart things on the table are at first."""
 HOLD_OFFSET = 0.05
 """Metres added until a grasp has happened, which distances alone cannot see."""
 LIFT_HEIGHT = 0.02
 """Metres above rest that count as lifted: about half the thickness of the peg, more than a push or a tilt lifts it by."""
 UPRIGHT_ANGLE = 0.2
-"""Radians from the vertical at which Settle begins (method.md 1). From there the peg falls onto its foot by itself."""
+"""Radians from the vertical at which Settle begins. From there the peg falls onto its foot by itself."""
 GRIP = 0.1
 """Metres from LiftPegUpright-v1's peg centre to where it can be stood up by, near either end: there the demonstrator holds it
 (`trl_stare.envs.experts.LiftPegUprightExpert`). A peg held by its middle gets stuck under the palm."""
 GRIP_RADIUS = 0.02
-"""Metres from a grip within which the hand has reached it, as with the push pose of PushCube-v1 (method.md 1)."""
+"""Metres from a grip within which the hand has reached it, as with the push pose of PushCube-v1."""
 END = 0.075
 """Metres from the centre beyond which a peg counts as held by its end; why is measured in docs/tasks.md."""
 HALF_LENGTH = 0.12

@@ -22,10 +22,10 @@ from trl_stare.stages.registry import register_plan
 from trl_stare.stages.spec import Stage, StagePlan
 
 LENGTH = 0.3
-"""`L_k` of distances in metres: about how far apart things on the table are at first (method.md 2)."""
+"""`L_k` of distances in metres: about how far apart things on the table are at first."""
 REACH_RADIUS = 0.02
 """Metres from the centre of a cube of 4 cm, or a sphere, within which a touch ends Reach: half its width, as with the push pose of
-PushCube-v1 (method.md 1, which has any contact end Reach here). Which touches become grasps is measured in docs/tasks.md."""
+PushCube-v1 (STARE, which has any contact end Reach here). Which touches become grasps is measured in docs/tasks.md."""
 LIFT_HEIGHT = 0.02
 """Metres above rest that count as lifted: half a cube, more than a push or a tilt lifts an object by."""
 HOLD_OFFSET = 0.05

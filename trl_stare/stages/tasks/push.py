@@ -12,9 +12,9 @@ from trl_stare.stages.registry import register_plan
 from trl_stare.stages.spec import Stage, StagePlan
 
 LENGTH = 0.3
-"""`L_k` of distances in metres: about how far apart things on the table are at first (method.md 2)."""
+"""`L_k` of distances in metres: about how far apart things on the table are at first."""
 TOOL_RADIUS = 0.02
-"""Metres from the push (pull) pose that count as there (method.md 1)."""
+"""Metres from the push (pull) pose that count as there."""
 GOAL_RADIUS = 0.1
 """PushCube-v1's and PullCube-v1's own test (`goal_radius` in ManiSkill's `push_cube.py` and `pull_cube.py`)."""
 PUSH_POSE = (-0.025, 0.0, 0.0)
