@@ -80,6 +80,15 @@ def test_a_seed_of_peg_insertion_gives_the_same_peg_box_and_episode():
         assert not torch.equal(first.signals["peg_half_length"], other.signals["peg_half_length"])
 
 
+def test_peg_insertion_stays_on_the_cpu(monkeypatch):
+    """ManiSkill builds pegs and boxes of parallel scenes once: a seed would have another peg in every scene."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with step_env(TASKS[1]) as env:
+        assert env.metadata["sim_backend"] == "physx_cpu"
+    with pytest.raises(ValueError, match="`device` must be 'cpu' for 'PegInsertionSide-v1'"):
+        make_env(TASKS[1], device="cuda")
+
+
 @pytest.mark.parametrize(("task", "colours"), [(TASKS[0], ("red", "blue")), (TASKS[1], ("orange", "wood"))])
 def test_the_camera_shows_peg_and_goal(task, colours):
     def count(image, colour):

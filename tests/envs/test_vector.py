@@ -1,10 +1,13 @@
 """Real ManiSkill environments in worker processes: seeds, chunks, ends, determinism."""
 
+from contextlib import closing
+
 import pytest
 import torch
 
 from trl_stare.data import demonstrate, replay
 from trl_stare.envs import PickAndPlaceExpert, get_simulated_task, make_env
+from trl_stare.envs.maniskill import Simulator
 
 TASK = "StackCube-v1"
 
@@ -45,6 +48,39 @@ def test_a_seed_gives_the_same_episode_in_every_environment(env):
         start.obs.images[0], start.obs.images[2]
     )
     assert not torch.equal(start.obs.images[0], start.obs.images[3])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda env, rows: torch.rand(len(rows), 2),
+        lambda env, rows: torch.tensor(env._episode_rng.normal(size=(len(rows), 2))),
+        lambda env, rows: torch.tensor(env._batched_episode_rng[rows].normal(size=2)),
+    ],
+    ids=["torch", "episode_rng", "batched_episode_rng"],
+)
+def test_a_start_of_parallel_scenes_is_a_function_of_its_seed(monkeypatch, draw):
+    """ManiSkill's own reset of the scenes of a GPU, as far as it goes without one, and all that a task may draw from in it."""
+    drawn, row = {}, torch.arange(3)
+
+    def begin(rows, options):
+        drawn.update(zip(rows.tolist(), draw(env, rows), strict=True))
+
+    with closing(
+        Simulator(get_simulated_task(TASK), num_envs=1, image_size=16, visuals="light", device="cpu")
+    ) as made:
+        env, made.is_rebuilt, made.num_envs, made._is_fresh = made.env, False, 3, row < 0
+        scenes = {"num_envs": 3, "_elapsed_steps": row + 1, "agent": None}
+        for name, value in (scenes | {"_initialize_episode": begin, "get_info": dict}).items():
+            monkeypatch.setattr(env, name, value)
+        made.reset([7, 7, 8], row)
+        first = dict(drawn)
+        assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+        drawn.clear()
+        env._elapsed_steps, made._is_fresh = row + 1, row < 0
+        made.reset([8, 7], row[1:])
+        assert sorted(drawn) == [1, 2] and torch.equal(drawn[1], first[2]) and torch.equal(drawn[2], first[0])
+        assert env._elapsed_steps.tolist() == [1, 0, 0] and made._is_fresh.tolist() == [False, True, True]
 
 
 def test_nothing_of_the_last_episode_is_left_after_a_reset(step_env):

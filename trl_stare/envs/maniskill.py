@@ -108,19 +108,12 @@ class Simulator:
 
     def reset(self, seeds: Sequence[int], rows: Tensor) -> None:
         """Begin new episodes in scenes `rows` (`[R]` int64), one explicit seed each."""
-        # PhysX's bookkeeping of past contacts outlives a reset and moves the next episode by rounding, which grasps amplify:
-        # only in a scene built anew is an episode a function of its seed and actions. Parallel scenes cannot be built singly.
-        options = {"reconfigure": True} if self.is_rebuilt else {"env_idx": rows.to(self.env.device)}
-        if self.task.configurations:
-            configurations = [int(seed) % self.task.configurations for seed in seeds]
-            options["episode_id"] = torch.tensor(configurations, device=self.env.device)
         if self._has_overlay:
             self.env._rgb_overlay_images = dict(self._photographs)  # a variation may have changed them
-        with self._building():  # a reset may build the scene anew
-            _, self._info = self.env.reset(seed=[int(seed) for seed in seeds], options=options)
+        # one at a time: ManiSkill draws all rows of a reset from the first seed alone
+        for seed, row in zip(seeds, rows, strict=True):
+            self._reset_row(int(seed), row)
         self._is_fresh[rows] = True
-        if self._info["reconfigure"]:  # a scene built anew has a new agent
-            self._speed_up()
         self._execute = None
         if self.variation is not None and self.variation.changes_scene:
             self._vary(int(seeds[0]))
@@ -172,6 +165,18 @@ class Simulator:
         with use_visuals(self.visuals, self.task.robot):
             with self.variation.building() if self.variation is not None else nullcontext():
                 yield
+
+    def _reset_row(self, seed: int, row: Tensor) -> None:
+        # PhysX's bookkeeping of past contacts outlives a reset and moves the next episode by rounding, which grasps amplify:
+        # only in a scene built anew is an episode a function of its seed and actions. Parallel scenes cannot be built singly.
+        options = {"reconfigure": True} if self.is_rebuilt else {"env_idx": row[None].to(self.env.device)}
+        if self.task.configurations:
+            options["episode_id"] = torch.tensor([seed % self.task.configurations], device=self.env.device)
+        with self._building():  # a reset may build the scene anew
+            # the seed for every row: ManiSkill would make up those that are not given
+            _, self._info = self.env.reset(seed=[seed] * self.num_envs, options=options)
+        if self._info["reconfigure"]:  # a scene built anew has a new agent
+            self._speed_up()
 
     def _vary(self, seed: int) -> None:
         """Change the scene that was just reset, and what will happen to actions."""

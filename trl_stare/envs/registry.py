@@ -39,7 +39,8 @@ class SimulatedTask:
         configurations (`int`): how many initial configurations the environment has; the episode of a seed then starts from
             number `seed % configurations` (ManiSkill's reset option `episode_id`). 0 if the seed itself draws the start.
         light_visuals (`bool`): whether the robot can be shown with [`light_visuals`]; a robot whose colours are textures cannot.
-        gpu_simulation (`bool`): whether ManiSkill's GPU simulation can run it, i.e. a scene is reset without the others.
+        gpu_simulation (`bool`): whether ManiSkill's GPU simulation can run it, i.e. a scene is reset without the others, and the
+            reset draws all of its start (PegInsertionSide-v1's peg and hole are built once).
         env_kwargs (`dict`): more arguments for `gym.make`.
     """
 

@@ -272,9 +272,7 @@ def _check_device(spec: SimulatedTask, varied: Variation | None, device: str, vi
     if visuals == "light" and not spec.light_visuals:
         raise ValueError(f"`visuals` must be 'stock' for {spec.name!r}, whose robot has no light meshes, got 'light'.")
     if device == "cuda" and not spec.gpu_simulation:
-        raise ValueError(
-            f"`device` must be 'cpu' for {spec.name!r}, which ManiSkill cannot simulate on a GPU, got 'cuda'."
-        )
+        raise ValueError(f"`device` must be 'cpu' for {spec.name!r}, whose `gpu_simulation` is off, got 'cuda'.")
     if device == "cuda" and varied is not None and varied.changes_scene:
         raise ValueError(f"`device` must be 'cpu' for variation {varied.name!r}, got 'cuda'. Say `device='cpu'`.")
 
