@@ -210,3 +210,21 @@ def test_errors_of_the_simulator_in_this_process_name_the_seeds():
             RuntimeError, match=r"(?s)'StackCube-v1' failed while it played seeds \[9\].*RuntimeError: lost"
         ):
             env.reset([3, 9])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_simulator_of_this_process_knows_nothing_of_the_policys_autocast(monkeypatch, kind):
+    task, seen = get_simulated_task(TASK), []
+
+    def signals(env, info):
+        seen.append(torch.is_autocast_enabled(kind))
+        return task.signals(env, info)
+
+    sizes = {"num_envs": 1, "num_workers": 0, "chunk_size": 1, "image_size": 16, "visuals": "light", "device": "cpu"}
+    with closing(WorkerVectorEnv(replace(task, signals=signals), **sizes)) as env:
+        monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        with torch.autocast(kind, dtype=torch.float16):
+            env.reset([0])
+            env.step(torch.zeros(1, 1, 7))
+            assert torch.is_autocast_enabled(kind)
+    assert seen == [False, False]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 from trl_stare.interfaces import EpisodeStart
 
@@ -85,7 +86,9 @@ class LocalWorker:
 
     def wait(self) -> Result:
         """What came out of the last call."""
-        record, *_, info = self._do()
+        # the trainer plays under autocast, which is of the thread: ManiSkill's kinematics on a GPU fail in bfloat16
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            record, *_, info = self._do()
         return {name: array.copy() for name, array in record.items()}, info
 
     def close(self) -> None:
