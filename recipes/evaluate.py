@@ -31,6 +31,7 @@ from trl_stare.evaluation import (
     PlayedEpisode,
     PolicySource,
     build_eval_info,
+    can_film,
     eval_results,
     eval_table,
     film_episode,
@@ -203,7 +204,8 @@ def evaluate_task(job: Job, task: str, variation: str, out: Path) -> tuple[list[
         bar = stack.enter_context(
             tqdm(total=sum(map(len, starts.values())), desc=f"{task} {variation}", unit="episode")
         )
-        film = Film(task, out / "videos" / task, args.videos, stack, **varied)
+        videos = args.videos if args.videos and can_film(env) else 0
+        film = Film(task, out / "videos" / task, videos, stack, **varied)
         for seed, chosen in starts.items():
             rows += play_in_blocks(
                 env, actor.make, stages, chosen, blocks, seed=seed, name=name,

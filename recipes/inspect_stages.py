@@ -21,7 +21,7 @@ from trl import TrlParser
 from trl_stare import get_plan, make_env
 from trl_stare.actors import load_actor
 from trl_stare.data import collect
-from trl_stare.evaluation import film_episode, inspect, plot_timelines
+from trl_stare.evaluation import can_film, film_episode, inspect, plot_timelines
 from trl_stare.runs import set_entries
 from trl_stare.stages import check
 from trl_stare.tasks import import_tasks
@@ -76,7 +76,7 @@ def main(args: InspectArguments) -> None:
     findings = str(check(plan, [trajectory.signals for trajectory in trajectories]))
     (out / "findings.txt").write_text(findings + "\n")
     logger.info("%s", findings)
-    if args.videos:
+    if args.videos and can_film(env):
         with closing(make_env(args.task, 1, chunk_size=1, image_size=256, visuals=args.visuals)) as camera:
             for trajectory in trajectories[: args.videos]:
                 film_episode(camera, trajectory, plan, out)

@@ -54,6 +54,7 @@ from trl_stare.evaluation import (
     PLAIN_PPO,
     PhaseRecords,
     build_results,
+    can_film,
     evaluate,
     film_policy,
     in_round,
@@ -314,7 +315,7 @@ def film(args: IPIArguments, env: Any, plan: Any) -> None:
     """A success and a failure of every finished phase, at every step and in a larger picture."""
     videos = Path(args.output_dir) / "videos"
     missing = [phase for phase in phase_records(args).done if not list(videos.glob(f"{phase}_*.mp4"))]
-    if not missing or not args.video_episodes or not PartialState().is_main_process:
+    if not missing or not args.video_episodes or not PartialState().is_main_process or not can_film(env):
         return
     seeds = range(VIDEO_SEEDS, VIDEO_SEEDS + args.video_episodes)
     with closing(make_env(args.task, 1, chunk_size=1, image_size=256, visuals=args.visuals)) as camera:

@@ -1,11 +1,12 @@
 """Rollouts over parts: who acts when, what is told, what is counted."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from trl_stare.data import collect, stream
+from trl_stare.data import collect, replay, stream
 from trl_stare.data.actors import Decision
 from trl_stare.data.rollout import Timing
 from trl_stare.interfaces import EpisodeStart, Observation, Start, Step, VoidEpisode, Work
@@ -109,6 +110,16 @@ def test_the_recording_begins_after_the_actions_of_the_start():
     one, other = collect(env, actor(env.log), [EpisodeStart(5, prefix), 2], name="nobody")
     assert one.num_steps == 3 and one.signals["count"].flatten().tolist() == [2, 3, 4, 5]
     assert torch.equal(one.prefix, prefix) and other.prefix is None
+
+
+def test_a_replay_that_ends_elsewhere_is_refused():
+    env = TwoRows()
+    (played,) = collect(env, actor(env.log), [3], name="nobody")
+    assert torch.equal(replay(env, played).signals["count"], played.signals["count"])
+    with pytest.raises(ValueError, match="`env` must repeat the episode of seed 3, got another 'end'"):
+        replay(env, replace(played, actions=played.actions[:2]))  # the environment goes on
+    with pytest.raises(ValueError, match="`env` must repeat the episode of seed 2, got another 'count'"):
+        replay(env, replace(played, seed=2))  # it ends before
 
 
 def test_a_void_episode_is_an_error_or_told_of():

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from trl_stare.evaluation import Replay, film_policy, record_episode, save_success_and_failure, stage_labels, videos
+from trl_stare.evaluation import (
+    Replay,
+    can_film,
+    film_policy,
+    record_episode,
+    save_success_and_failure,
+    stage_labels,
+    videos,
+)
 from trl_stare.stages import get_plan
 
 
@@ -85,6 +93,14 @@ def test_a_missing_outcome_is_said(tmp_path, caplog):
     written = save_success_and_failure(tmp_path, "interaction", [Replay(1, make_frames(2), ["Reach"] * 2, True)])
     assert list(written) == ["success"]
     assert "no failure among the replayed episodes of interaction" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("metadata", "found"), [({"sim_backend": "physx_cuda"}, False), ({"sim_backend": "physx_cpu"}, True), ({}, True)]
+)
+def test_only_what_repeats_itself_is_filmed(caplog, metadata, found):
+    assert can_film(SimpleNamespace(task="StackCube-v1", metadata=metadata)) is found
+    assert ("no videos of StackCube-v1: on CUDA" in caplog.text) is not found
 
 
 def test_labels_follow_the_current_stage():

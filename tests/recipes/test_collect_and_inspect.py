@@ -34,6 +34,14 @@ def test_inspect_stages(run_script, tmp_path):
     assert "0 error" in (tmp_path / "findings.txt").read_text()
 
 
+@pytest.mark.parametrize(("recipe", "file"), [("inspect_stages", "stages.json"), ("evaluate", "eval_info.json")])
+def test_no_videos_where_an_episode_does_not_repeat_itself(run_script, tmp_path, monkeypatch, recipe, file):
+    monkeypatch.setattr("trl_stare.evaluation.can_film", lambda env: False)
+    flags = ["--model", "expert", "--task", "StackCube-v1", "--episodes", 1, "--num_envs", 1, "--output_dir", tmp_path]
+    run_script(f"recipes/{recipe}.py", *flags)
+    assert (tmp_path / file).exists() and not [*tmp_path.rglob("*.mp4")]
+
+
 @pytest.mark.parametrize(
     ("recipe", "flags", "message"),
     [

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from accelerate import PartialState
 
 from trl_stare import TokenPolicy
 from trl_stare.data import load_pairs, load_trajectories
@@ -150,6 +152,15 @@ def test_bad_input_is_refused_before_any_work(run_script, tmp_path, changes, mes
     with pytest.raises(ValueError, match=message):
         run_script("recipes/ipi.py", "--output_dir", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_no_videos_where_an_episode_does_not_repeat_itself(recipe, monkeypatch, tmp_path, caplog):
+    """Of a phase that is done: its checkpoint, which is not there, is not even loaded."""
+    PartialState()
+    args = recipe.IPIArguments(output_dir=str(tmp_path))
+    recipe.phase_records(args).write("imitation", {})
+    recipe.film(args, SimpleNamespace(task=args.task, metadata={"sim_backend": "physx_cuda"}), None)
+    assert "no videos of StackCube-v1" in caplog.text and not (tmp_path / "videos").exists()
 
 
 def test_an_unwritable_folder_is_named(run_script, tmp_path):

@@ -128,10 +128,12 @@ def replay(env: VectorEnv, trajectory: Trajectory) -> Trajectory:
     Raises:
         ValueError: if the states differ, i.e. the simulator is not the one that recorded the episode.
     """
-    actions = iter(trajectory.actions)
+    actions = iter(trajectory.actions[:, None, None])
 
     def act(obs: Observation, signals: Signals) -> Decision:
-        action = next(actions)[None, None]
+        action = next(actions, None)
+        if action is None:
+            raise _unlike(trajectory, "end")
         return Decision(action, action)
 
     # an evaluation goes on after a success
@@ -141,10 +143,14 @@ def replay(env: VectorEnv, trajectory: Trajectory) -> Trajectory:
     again = collect(env, act, [start], name=trajectory.policy, ignore_terminations=ignore)[0]
     for name, value in trajectory.signals.items():
         if not torch.equal(value, again.signals[name]):
-            raise ValueError(
-                f"`env` must repeat the episode of seed {trajectory.seed}, got another {name!r}. Use its backend."
-            )
+            raise _unlike(trajectory, name)
     return again
+
+
+def _unlike(trajectory: Trajectory, what: str) -> ValueError:
+    return ValueError(
+        f"`env` must repeat the episode of seed {trajectory.seed}, got another {what!r}. Use its backend."
+    )
 
 
 def collect(

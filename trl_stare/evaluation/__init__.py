@@ -44,6 +44,7 @@ from trl_stare.evaluation.suites import SUITES, held_out_starts, suite_tasks
 from trl_stare.evaluation.training_runs import RunsComparison, compare_runs, runs_table
 from trl_stare.evaluation.videos import (
     Replay,
+    can_film,
     film_episode,
     film_policy,
     record_episode,
@@ -84,6 +85,7 @@ __all__ = [
     "eval_table",
     "evaluate",
     "file_digests",
+    "can_film",
     "film_episode",
     "film_policy",
     "format_rate",

@@ -79,6 +79,18 @@ def record_episode(
     os.replace(partial, path)
 
 
+def can_film(env: VectorEnv) -> bool:
+    """Whether an episode of `env` can be played again in a larger picture; where not, that is logged.
+
+    Args:
+        env ([`VectorEnv`]): where the episodes are played. ManiSkill's GPU simulation does not repeat one bit for bit.
+    """
+    repeats = env.metadata.get("sim_backend") != "physx_cuda"
+    if not repeats:
+        logger.warning("no videos of %s: on CUDA an episode does not repeat itself exactly", env.task)
+    return repeats
+
+
 def film_policy(
     policy: VLAPolicy,
     env: VectorEnv,
