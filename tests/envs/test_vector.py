@@ -8,6 +8,8 @@ import torch
 from trl_stare.data import demonstrate, replay
 from trl_stare.envs import PickAndPlaceExpert, get_simulated_task, make_env
 from trl_stare.envs.maniskill import Simulator
+from trl_stare.envs.worker import assign
+from trl_stare.interfaces import EpisodeStart
 
 TASK = "StackCube-v1"
 
@@ -81,6 +83,26 @@ def test_a_start_of_parallel_scenes_is_a_function_of_its_seed(monkeypatch, draw)
         made.reset([8, 7], row[1:])
         assert sorted(drawn) == [1, 2] and torch.equal(drawn[1], first[2]) and torch.equal(drawn[2], first[0])
         assert env._elapsed_steps.tolist() == [1, 0, 0] and made._is_fresh.tolist() == [False, True, True]
+
+
+def test_a_process_simulates_and_renders_on_its_own_gpu(monkeypatch):
+    """Asked for on the second GPU, up to where ManiSkill looks for it; what is recorded does not say which one it was."""
+    import gymnasium
+    from mani_skill.envs.utils.system import backend
+
+    def make(env_id, **options):
+        raise RuntimeError(f"{options['sim_backend']} {options['render_backend']}")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(gymnasium, "make", make)
+    with closing(make_env(TASK, num_envs=2, device="cuda")) as env:
+        assert (env.metadata["sim_backend"], env.metadata["render_backend"]) == ("physx_cuda", "sapien_cuda")
+        with pytest.raises(RuntimeError) as asked:
+            env.workers[0].reset_async(assign([EpisodeStart(0)], 0, 1, 2, False))
+            env.workers[0].wait()
+    monkeypatch.setattr(backend.sapien, "Device", str)
+    found = backend.parse_sim_and_render_backend(*str(asked.value).split())
+    assert (found.device, found.sim_device, found.render_device) == (torch.device("cuda:1"), "cuda:1", "cuda:1")
 
 
 def test_nothing_of_the_last_episode_is_left_after_a_reset(step_env):

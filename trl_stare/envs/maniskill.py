@@ -80,6 +80,7 @@ class Simulator:
 
         self.task, self.num_envs, self.visuals, self.variation = task, num_envs, visuals, variation
         cuda = device == "cuda"
+        gpu = torch.cuda.current_device() if cuda else None  # without it every process would take the first
         tell_once()
         forget_overlays()
         with self._building():
@@ -90,8 +91,8 @@ class Simulator:
                 reward_mode="none",
                 control_mode=task.control_mode,
                 **({} if task.chooses_robot else {"robot_uids": task.robot}),
-                sim_backend="physx_cuda" if cuda else "physx_cpu",
-                render_backend="sapien_cuda" if cuda else "sapien_cpu",
+                sim_backend=f"physx_cuda:{gpu}" if cuda else "physx_cpu",
+                render_backend=f"sapien_cuda:{gpu}" if cuda else "sapien_cpu",
                 sensor_configs=_sensor_configs(task, image_size),
                 **task.env_kwargs,
             )
