@@ -166,6 +166,37 @@ def spoiled(at: dict[int, int], bugs: dict[int, Exception] | None = None, num_wo
     )
 
 
+@pytest.mark.parametrize("trouble", [KeyError("cube"), ValueError("no cube"), None], ids=["crash", "error", "voided"])
+def test_a_replacement_that_is_not_where_the_episodes_were_is_replaced_too(tmp_path, caplog, trouble):
+    """After the first replacement has executed the ten actions again; each file in the folder spoils one look at that moment."""
+    given = get_simulated_task(TASK)
+
+    def signals(env, info):
+        read, spoil = given.signals(env, info), sorted(tmp_path.iterdir())
+        if int(env._elapsed_steps[0]) == 10 and spoil:
+            spoil[0].unlink()
+            if trouble is not None:
+                raise trouble
+            read["object_position"] = read["object_position"] * float("nan")
+        return read
+
+    chunks = torch.rand(2, 1, 10, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sizes = {"num_envs": 1, "num_workers": 1, "chunk_size": 10, "image_size": 16, "visuals": "light", "device": "cpu"}
+    with closing(WorkerVectorEnv(replace(given, signals=signals), **sizes)) as env:
+        env.reset([3])
+        expected = [env.step(chunk) for chunk in chunks]
+        env.reset([3])
+        env.step(chunks[0])
+        # the void one is looked at twice: while it is played again, and where it then is
+        for name in ["once", "twice"][: 1 if trouble else 2]:
+            (tmp_path / name).touch()
+        os.kill(env.workers[0].pid, signal.SIGKILL)
+        after = env.step(chunks[1])
+    assert after.episode.tolist() == [0] and torch.equal(after.obs.images, expected[1].obs.images)
+    assert torch.equal(after.chunk_signals["object_position"], expected[1].chunk_signals["object_position"])
+    assert "could not be played again" in caplog.text
+
+
 def test_void_episodes_are_told_of_and_the_others_stay():
     told, timing = [], Timing()
     with closing(spoiled({4: 0, 5: 13})) as env:

@@ -209,6 +209,7 @@ def test_expert_recovers_from_a_mistake_by_itself():
         ({"task": TASK, "visuals": "pretty"}, "`visuals` must be one of"),
         ({"task": TASK, "num_envs": 3, "num_workers": 2}, "multiple of `num_workers`"),
         ({"task": TASK, "num_envs": 0}, "at least 1"),
+        ({"task": TASK, "num_workers": 2, "device": "cuda"}, "`num_workers` must be 0 on CUDA.*got 2"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_simulation(kwargs, message):

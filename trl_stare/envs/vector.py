@@ -44,7 +44,7 @@ def make_env(
         task (`str`): a registered name, e.g. `"StackCube-v1"`.
         num_envs (`int`): `N`.
         num_workers (`int`, *optional*): processes that share the environments; default one per core on the CPU (at most
-            `num_envs`). 0 keeps them in this process, as does CUDA, where ManiSkill's GPU simulation is used.
+            `num_envs`). 0 keeps them in this process, and is all that CUDA allows, where ManiSkill's GPU simulation is used.
         chunk_size (`int`): `C`, environment steps per decision.
         image_size (`int`, *optional*): height and width of the images, pixels. Default is the task's own: 64 for the Panda's,
             480 x 640 for SimplerEnv's. Square images of the latter are the whole picture, squashed, as OpenVLA's are.
@@ -74,7 +74,7 @@ def make_env(
     spec, varied = get_simulated_task(task), None if variation in (None, NOMINAL) else get_variation(variation)
     device = device or ("cuda" if spec.gpu_simulation and torch.cuda.is_available() else "cpu")
     visuals = resolve_visuals("stock" if visuals is None and not spec.light_visuals else visuals, device)
-    _check_device(spec, varied, device, visuals)
+    _check_device(spec, varied, device, visuals, num_workers)
     if num_workers is None:
         num_workers = 0 if device == "cuda" else min(num_envs, len(os.sched_getaffinity(0)))
     sizes = {"num_envs": num_envs, "num_workers": num_workers, "chunk_size": chunk_size, "image_size": image_size}
@@ -268,13 +268,20 @@ class WorkerVectorEnv(WorkerVectorEnvPart):
             list(threads.map(methodcaller("start"), workers))
 
 
-def _check_device(spec: SimulatedTask, varied: Variation | None, device: str, visuals: str) -> None:
+def _check_device(
+    spec: SimulatedTask, varied: Variation | None, device: str, visuals: str, num_workers: int | None
+) -> None:
     if visuals == "light" and not spec.light_visuals:
         raise ValueError(f"`visuals` must be 'stock' for {spec.name!r}, whose robot has no light meshes, got 'light'.")
     if device == "cuda" and not spec.gpu_simulation:
         raise ValueError(f"`device` must be 'cpu' for {spec.name!r}, whose `gpu_simulation` is off, got 'cuda'.")
     if device == "cuda" and varied is not None and varied.changes_scene:
         raise ValueError(f"`device` must be 'cpu' for variation {varied.name!r}, got 'cuda'. Say `device='cpu'`.")
+    if device == "cuda" and num_workers:
+        raise ValueError(
+            "`num_workers` must be 0 on CUDA, where a process that is replaced could not play its episodes again, got "
+            f"{num_workers}. Leave it out, or say `device='cpu'`."
+        )
 
 
 def _check_simulator(spec: SimulatedTask) -> None:

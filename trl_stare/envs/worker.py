@@ -29,6 +29,8 @@ REPLAY_TIMEOUT = 0.2
 """Seconds that executing one action again may take: fifty times what it does take."""
 FAILURES = (OSError, EOFError, RuntimeError, multiprocessing.ProcessError)
 """A pipe that broke, a simulator that gave up, a time-out."""
+TROUBLE = ("voided", "error", "crash")
+"""What the [`EpisodeGroup`] tells of episodes that did not go on."""
 
 logger = logging.getLogger(__name__)
 
@@ -250,9 +252,14 @@ class Worker:
         except FAILURES as failure:
             self._failure = failure
             return False
-        if running:
-            self._send("reset", self._running())
-        return not running or self._receive() is not None
+        if not running:
+            return True
+        self._send("reset", self._running())
+        result = self._receive()
+        wrong = {name: told for name, told in result[1].items() if name in TROUBLE} if result else {}
+        if wrong:  # the episodes are not where they were
+            self._failure = RuntimeError(f"the episodes could not be played again: {wrong}")
+        return self._failure is None
 
     def _count_failure(self) -> None:
         seeds = [self._assignment.starts[episode][0] for episode in self._assignment.episodes if episode >= 0]
