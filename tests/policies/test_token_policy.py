@@ -19,7 +19,7 @@ STATS = {
 
 def make_policy(**config) -> TokenPolicy:
     torch.manual_seed(0)
-    policy = TokenPolicy.create_tiny(STATS, image_size=32, chunk_size=2, **config)
+    policy = TokenPolicy.create_tiny(STATS, **{"image_size": 32, "chunk_size": 2} | config)
     policy.model.eval()
     return policy
 
@@ -143,6 +143,29 @@ def test_saving_is_exact_and_auto_classes_find_it(tmp_path):
     assert torch.equal(policy.model(**inputs).logits, loaded.model(**reloaded).logits)
     assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)).__name__ == "StareVLAForActionPrediction"
     assert type(AutoProcessor.from_pretrained(tmp_path)).__name__ == "StareVLAProcessor"
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])
+def test_a_revision_is_of_model_config_and_processor(tmp_path, adapter):
+    """Two commits in a cache of the Hub's; `main` is the second."""
+    base, repo = tmp_path / "base", tmp_path / "cache" / "models--user--vla"
+    make_policy(image_size=16).save_pretrained(base)
+    (repo / "refs").mkdir(parents=True)
+    for name, image_size in (("v1", 16), ("main", 32)):
+        policy = TokenPolicy.from_pretrained(base) if adapter else make_policy(image_size=image_size)
+        policy.model.config.norm_stats = {name: STATS["StackCube-v1"]}
+        policy.processor.image_processor.image_size = image_size
+        if adapter:
+            policy.model = get_peft_model(policy.model, LoraConfig(r=2, target_modules=["q_proj"]))
+        commit = f"{image_size:040x}"
+        if adapter:  # the cache remembers what the Hub has not
+            (repo / ".no_exist" / commit).mkdir(parents=True)
+            (repo / ".no_exist" / commit / "config.json").touch()
+        (repo / "refs" / name).write_text(commit)
+        policy.save_pretrained(repo / "snapshots" / commit)
+    for options, key, image_size in (({"revision": "v1"}, "v1", 16), ({}, "main", 32)):
+        loaded = TokenPolicy.from_pretrained("user/vla", cache_dir=tmp_path / "cache", **options)
+        assert (loaded.unnorm_key, loaded.processor.image_processor.image_size) == (key, image_size)
 
 
 def test_it_learns_to_see():

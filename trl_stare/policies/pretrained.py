@@ -11,6 +11,9 @@ from transformers.utils import cached_file
 
 from trl_stare.interfaces import ADAPTER_CONFIG_NAME
 
+WHERE = ("revision", "token", "cache_dir", "local_files_only")
+"""What says where on the Hub files are: of the model, its config and the processor alike."""
+
 
 class PretrainedPolicy:
     """A policy around a `PreTrainedModel` and its processor; [`from_pretrained`] of any subclass loads all of them.
@@ -40,7 +43,8 @@ class PretrainedPolicy:
         Args:
             folder (`str`): saved by [`save_pretrained`], with or without a PEFT adapter, or published, such as `openvla/openvla-7b`.
             unnorm_key (`str`, *optional*): which statistics to use; may be left out where the checkpoint has only one.
-            kwargs: for `from_pretrained` of the model, e.g. `dtype`; fields of its config are changed.
+            kwargs: for `from_pretrained` of the model, e.g. `dtype`; fields of its config are changed. The processor comes from
+                the same `revision`.
 
         Raises:
             ValueError: the checkpoint is not a VLA, or `unnorm_key` is unknown (lists the known ones).
@@ -54,7 +58,8 @@ class PretrainedPolicy:
                 f"`{folder}` must hold a VLA, one of {sorted(cls._classes)}, got {model.config.model_type!r}. A "
                 "vision-language model becomes one by `HFVLMPolicy.create`: see docs/own_vla.md."
             )
-        return policy_class(model, policy_class.processor_class.from_pretrained(folder), unnorm_key=unnorm_key)
+        processor = policy_class.processor_class.from_pretrained(folder, **_where(kwargs))
+        return policy_class(model, processor, unnorm_key=unnorm_key)
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write model and processor; [`from_pretrained`] reads them back exactly.
@@ -88,9 +93,14 @@ class PretrainedPolicy:
 
 def load_model(folder: str | Path, **kwargs: Any) -> Any:
     """`AutoModelForImageTextToText.from_pretrained`, but an adapter that came with a config of its own keeps it."""
-    if cached_file(folder, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:
-        config = AutoConfig.from_pretrained(folder, _configuration_file=ADAPTER_CONFIG_NAME)
+    where = _where(kwargs)
+    if cached_file(folder, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where) is not None:
+        config = AutoConfig.from_pretrained(folder, _configuration_file=ADAPTER_CONFIG_NAME, **where)
         for name in [name for name in kwargs if name != "dtype" and hasattr(config, name)]:
             setattr(config, name, kwargs.pop(name))
         kwargs["config"] = config
     return AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
+
+
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name in WHERE}
