@@ -213,3 +213,12 @@ def test_an_adapter_s_whole_checkpoint_acts_as_it_does_and_can_be_trained(tmp_pa
     torch.testing.assert_close(whole.score(inputs, trace), adapted.score(inputs, trace), atol=1e-4, rtol=1e-4)
     assert (whole.score(inputs, trace) - policy.score(inputs, trace)).abs().max() > 1e-2
     assert all(parameter.requires_grad for parameter in whole.model.parameters())
+
+
+def test_mask_and_weights_are_taken_to_where_the_model_is(monkeypatch):
+    policy = make_policy()
+    logits = torch.zeros(2, 14, 33, device="meta")
+    monkeypatch.setattr(policy, "action_logits", lambda inputs, trace: (logits, None))
+    trace = torch.zeros(2, 14, dtype=torch.long)
+    loss = policy.imitation_loss({}, trace, torch.ones_like(trace, dtype=torch.bool), torch.ones(2))
+    assert loss.device == logits.device

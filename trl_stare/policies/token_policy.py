@@ -90,6 +90,7 @@ class TokenPolicy(PretrainedPolicy):
         logits, _ = self.action_logits(inputs, trace)
         soft_bins = getattr(self.model.config, "soft_bins", 0.0)
         trace, mask = trace.to(logits.device), mask.to(logits.device)
+        weight = None if weight is None else weight.to(logits.device)
         return imitation_loss(logits, trace, soft_bins=soft_bins, weight=weight, mask=mask)
 
     def encode(self, actions: Tensor) -> Tensor:
