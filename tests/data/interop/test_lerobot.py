@@ -1,6 +1,7 @@
 """What is exported has LeRobot's layout, and comes back: numbers exactly, images within the codec's loss."""
 
 import json
+import shutil
 from dataclasses import fields, replace
 
 import imageio.v2 as imageio
@@ -124,8 +125,6 @@ def test_statistics_of_parts_are_those_of_the_whole(folder, episodes):
 
 def test_strange_datasets(folder, tmp_path):
     """A dataset that LeRobot itself wrote has no `meta/trl_stare.json` and may lack our features."""
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "meta/trl_stare.json").unlink()
@@ -153,6 +152,15 @@ def test_strange_datasets(folder, tmp_path):
     pq.write_table(table.slice(0, 12), data)
     with pytest.raises(ValueError, match="episode 1 must have 9 frames, got 9 images .* and 7 rows"):
         [*import_lerobot(copy, task="StackCube-v1")]
+
+
+def test_columns_that_are_not_read_may_be_text(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    data = tmp_path / "copy/data/chunk-000/file-000.parquet"
+    table = pq.read_table(data)
+    pq.write_table(table.append_column("annotation", [["a word"] * len(table)]), data)
+    imported = [one.trajectory.actions for one in import_lerobot(tmp_path / "copy")]
+    assert all(map(torch.equal, imported, [one.trajectory.actions for one in import_lerobot(folder)]))
 
 
 def test_what_has_no_place_in_lerobot_is_refused(tmp_path, folder, episodes, episode):

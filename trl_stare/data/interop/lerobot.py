@@ -44,6 +44,8 @@ from trl_stare.stages import StagePlan
 
 ENCODER = ["-g", "2", "-crf", "18"]
 """Every second frame can be jumped to, as LeRobot encodes; 18 is what x264 calls visually lossless."""
+COLUMNS = ("observation.state", "action", "label", "next.reward", "next.success", STAGE)
+"""What is read of an episode's table. Others need not be numbers."""
 
 
 class LeRobotEpisode(NamedTuple):
@@ -304,10 +306,11 @@ def _episodes(
 def _episode(
     table: pa.Table, images: np.ndarray, task: str, instruction: str, note: Mapping[str, Any]
 ) -> LeRobotEpisode:
-    columns = {name: torch.tensor(np.stack(table[name].to_numpy())) for name in table.column_names}
-    length, names = len(table), set(table.column_names)
+    used = [name for name in COLUMNS if name in table.column_names]
+    columns = {name: torch.tensor(np.stack(table[name].to_numpy())) for name in used}
+    length = len(table)
     success = torch.zeros(length + 1, dtype=torch.bool)
-    if "next.success" in names:
+    if "next.success" in columns:
         success[1:] = columns["next.success"].flatten()
     actions, state = columns["action"], columns["observation.state"]
     pixels = torch.from_numpy(images)
@@ -327,7 +330,7 @@ def _episode(
         final_image=pixels[-1],
         final_state=state[-1],
         signals={"success": success},
-        reward=columns["next.reward"] if "next.reward" in names else success[1:].float(),
+        reward=columns["next.reward"] if "next.reward" in columns else success[1:].float(),
         terminated=note.get("terminated", bool(success[-1])),
         truncated=note.get("truncated", not success[-1]),
     )
