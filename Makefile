@@ -13,9 +13,10 @@ LEROBOT := .lerobot-env/bin/python
 LEROBOT_PYTHON ?= python3.12
 
 # Every value that `accelerate launch` would otherwise announce as a default of its own. The trainer gets a thread per core and
-# the simulators' workers one each: they take turns, and waiting threads sleep instead of spinning.
-LAUNCH := OMP_WAIT_POLICY=passive $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
-	--dynamo_backend no --num_cpu_threads_per_process $(shell nproc)
+# the simulators' workers one each: they take turns, and waiting threads sleep instead of spinning. One GPU, unless you choose others:
+# of several, transformers would take all for the one process (`nn.DataParallel`).
+LAUNCH := OMP_WAIT_POLICY=passive CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(BIN)/accelerate launch \
+	--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(shell nproc)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup vulkan ipi test test-slow test-lerobot doctor lint clean

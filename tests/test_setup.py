@@ -72,6 +72,17 @@ def test_scripts_parse_and_can_be_run(script):
     assert os.access(script, os.X_OK)
 
 
+@pytest.mark.parametrize(("chosen", "seen"), [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "3"}, "3")])
+def test_the_one_process_of_make_ipi_sees_one_gpu(tmp_path, chosen, seen):
+    accelerate = tmp_path / "accelerate"
+    accelerate.write_text('#!/bin/bash\necho "sees $CUDA_VISIBLE_DEVICES"\n')
+    accelerate.chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | chosen
+    command = ["make", "--silent", "--assume-old=setup", "ipi", f"BIN={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == f"sees {seen}\n", done.stderr
+
+
 def machine(folder: Path, *, uid: int, nvidia: bool, installed: tuple[str, ...]) -> dict[str, str]:
     """An environment whose first PATH entry plays a Debian machine; what `apt-get` was asked lands in `apt.log`."""
     commands = {
