@@ -239,7 +239,7 @@ class Film:
             outcome = "success" if trajectory.success_once else "failure"
             if len(list(self.folder.glob(f"*_{outcome}_*.mp4"))) < self.videos:
                 if self.camera is None:
-                    env = make_env(self.task, 1, chunk_size=1, image_size=256, **self.varied)
+                    env = make_env(self.task, 1, num_workers=1, chunk_size=1, image_size=256, **self.varied)
                     self.camera = self.stack.enter_context(closing(env))
                 film_episode(self.camera, trajectory, get_plan(self.task), self.folder)
 

@@ -77,7 +77,9 @@ def main(args: InspectArguments) -> None:
     (out / "findings.txt").write_text(findings + "\n")
     logger.info("%s", findings)
     if args.videos and can_film(env):
-        with closing(make_env(args.task, 1, chunk_size=1, image_size=256, visuals=args.visuals)) as camera:
+        with closing(
+            make_env(args.task, 1, num_workers=1, chunk_size=1, image_size=256, visuals=args.visuals)
+        ) as camera:
             for trajectory in trajectories[: args.videos]:
                 film_episode(camera, trajectory, plan, out)
     logger.info("written to %s", out)

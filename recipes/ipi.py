@@ -318,7 +318,7 @@ def film(args: IPIArguments, env: Any, plan: Any) -> None:
     if not missing or not args.video_episodes or not PartialState().is_main_process or not can_film(env):
         return
     seeds = range(VIDEO_SEEDS, VIDEO_SEEDS + args.video_episodes)
-    with closing(make_env(args.task, 1, chunk_size=1, image_size=256, visuals=args.visuals)) as camera:
+    with closing(make_env(args.task, 1, num_workers=1, chunk_size=1, image_size=256, visuals=args.visuals)) as camera:
         for phase in missing:
             policy = load_policy(args, str(Path(args.output_dir) / phase))
             replays = film_policy(policy, env, camera, plan, seeds, temperature=args.temperature, seed=args.seed)

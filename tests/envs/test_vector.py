@@ -85,6 +85,13 @@ def test_a_start_of_parallel_scenes_is_a_function_of_its_seed(monkeypatch, draw)
         assert env._elapsed_steps.tolist() == [1, 0, 0] and made._is_fresh.tolist() == [False, True, True]
 
 
+def test_workers_that_are_asked_for_simulate_on_the_cpu(monkeypatch):
+    """Also where there is a GPU, whose simulation would refuse them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with closing(make_env(TASK, num_envs=2, num_workers=1, image_size=16)) as env:
+        assert env.metadata["sim_backend"] == "physx_cpu"
+
+
 def test_a_process_simulates_and_renders_on_its_own_gpu(monkeypatch):
     """Asked for on the second GPU, up to where ManiSkill looks for it; what is recorded does not say which one it was."""
     import gymnasium

@@ -44,7 +44,8 @@ def make_env(
         task (`str`): a registered name, e.g. `"StackCube-v1"`.
         num_envs (`int`): `N`.
         num_workers (`int`, *optional*): processes that share the environments; default one per core on the CPU (at most
-            `num_envs`). 0 keeps them in this process, and is all that CUDA allows, where ManiSkill's GPU simulation is used.
+            `num_envs`). 0 keeps them in this process, and is all that CUDA allows, where ManiSkill's GPU simulation is used: where
+            more are asked for, the default device is the CPU.
         chunk_size (`int`): `C`, environment steps per decision.
         image_size (`int`, *optional*): height and width of the images, pixels. Default is the task's own: 64 for the Panda's,
             480 x 640 for SimplerEnv's. Square images of the latter are the whole picture, squashed, as OpenVLA's are.
@@ -72,7 +73,8 @@ def make_env(
     ```
     """
     spec, varied = get_simulated_task(task), None if variation in (None, NOMINAL) else get_variation(variation)
-    device = device or ("cuda" if spec.gpu_simulation and torch.cuda.is_available() else "cpu")
+    on_gpu = spec.gpu_simulation and torch.cuda.is_available() and not num_workers
+    device = device or ("cuda" if on_gpu else "cpu")
     visuals = resolve_visuals("stock" if visuals is None and not spec.light_visuals else visuals, device)
     _check_device(spec, varied, device, visuals, num_workers)
     if num_workers is None:
