@@ -53,8 +53,8 @@ from trl_stare.tasks import import_tasks
 
 logger = logging.getLogger("evaluate")
 
-FREE = ("output_dir", "push", "task_module", "model", "variations")
-"""May differ when an evaluation is continued; the files of `model` may not."""
+FREE = ("output_dir", "push", "task_module", "variations")
+"""May differ when an evaluation is continued."""
 
 
 @dataclass
@@ -143,7 +143,9 @@ def main(args: EvaluateArguments) -> None:
     }
     source = resolve_policy(args.model, args.revision)
     actors = load_actors(source.location, tasks, temperature=args.temperature, **args.policy)
-    out = claim_folder(args.output_dir, asdict(args) | {"policy": source.to_dict()}, free=FREE)
+    # a checkpoint is known by its files, wherever they are; a demonstrator and chance have only a name
+    free = (*FREE, "model") if source.files else FREE
+    out = claim_folder(args.output_dir, asdict(args) | {"weights": source.files}, free=free)
     job, watch = Job(args, source, actors, starts), Stopwatch(out / "timing.json")
     info, nominal = evaluate_tasks(job, NOMINAL, out / NOMINAL if variations else out, watch)
     if args.push:

@@ -1,6 +1,7 @@
 """`evaluate.py` and `compare.py` with a checkpoint on the real simulator: once as a user runs them, else in this process."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,23 @@ def test_a_flow_policy_of_several_robots_is_evaluated_as_any_other(tmp_path, run
     metrics = info["per_task"][0]["metrics"]
     assert metrics["n_episodes"] == 2 and metrics["environment"]["image_shape"] == [28, 28]
     assert info["settings"]["policy"] == {"unnorm_key": TASK}
+
+    with pytest.raises(ValueError, match=r"has other \['policy'\]"):
+        run_script("recipes/evaluate.py", *flags, "--policy.unnorm_key", "another")
+    shutil.copytree(tmp_path / "pi0", tmp_path / "moved")
+    flags[1] = tmp_path / "moved"  # the same weights
+    run_script("recipes/evaluate.py", *flags, "--policy.unnorm_key", TASK)
+    policy.model.config.unused = 1
+    policy.save_pretrained(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"has other \['weights'\]"):
+        run_script("recipes/evaluate.py", *flags, "--policy.unnorm_key", TASK)
+
+
+def test_chance_does_not_continue_the_demonstrators_evaluation(tmp_path, run_script):
+    flags = ["--task", TASK, "--episodes", 1, "--num_envs", 1, "--videos", 0, "--output_dir", tmp_path]
+    run_script("recipes/evaluate.py", "--model", "expert", *flags)
+    with pytest.raises(ValueError, match=r"has other \['model'\]"):
+        run_script("recipes/evaluate.py", "--model", "random", *flags)
 
 
 def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_path, run_script):
