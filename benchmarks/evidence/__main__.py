@@ -36,7 +36,7 @@ def main(queue: Queue, checkpoints: dict[str, Path], out: Path) -> bool:
     arms: dict[str, tuple[dict[int, Any], dict[int, Any]]] = {}
     for seed, arm in queue.runs:
         file = out / "starts" / arm.start / f"seed-{seed}.jsonl"
-        evaluate_start(queue, checkpoints[arm.start], file, seed)
+        evaluate_start(queue, checkpoints[arm.start], known[arm.start]["files"], file, seed)
         starts.setdefault(arm.start, {})[seed] = read_episodes(file)
         steps = steps_of(queue, arm, seed, checkpoints[arm.start], out)
         if not all(run_step(step) for step in steps):  # the first that is not done ends the run

@@ -159,10 +159,18 @@ def run_step(step: Step) -> bool:
     return step.done.exists()
 
 
-def evaluate_start(queue: Queue, checkpoint: Path, file: Path, seed: int) -> None:
-    """Evaluate a start checkpoint as the steps evaluate what they trained; once, into `file`."""
+def evaluate_start(queue: Queue, checkpoint: Path, digests: Mapping[str, str], file: Path, seed: int) -> None:
+    """Evaluate a start checkpoint as the steps evaluate what they trained; once, into `file`.
+
+    Args:
+        digests (`Mapping`): [`~trl_stare.evaluation.file_digests`] of `checkpoint`.
+
+    Raises:
+        ValueError: if the folder of `file` is of other weights, or of a queue that evaluates them otherwise.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with _lock(file.parent):
+        claim_folder(file.parent, _common(queue) | {"files": dict(digests)})
         if file.exists():
             return
         logger.info("evaluating %s with sampling seed %d", checkpoint, seed)

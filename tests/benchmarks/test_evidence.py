@@ -1,5 +1,6 @@
 """The evidence queue: what a file of arms means, learning curves and tables by hand, runs that are interrupted or fail."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,10 +16,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.evidence.curves import Point, learning_curve, moving_success, plot, steps_to_reach  # noqa: E402
 from benchmarks.evidence.queue import Queue, read_queue  # noqa: E402
 from benchmarks.evidence.results import build_results, learning, markdown  # noqa: E402
-from benchmarks.evidence.runs import Step, run_step, steps_of  # noqa: E402
+from benchmarks.evidence.runs import Step, evaluate_start, run_step, steps_of  # noqa: E402
 from benchmarks.preference_learning import parse  # noqa: E402
-from trl_stare import get_plan  # noqa: E402
-from trl_stare.evaluation import EpisodeResult  # noqa: E402
+from trl_stare import TokenPolicy, get_plan  # noqa: E402
+from trl_stare.evaluation import EpisodeResult, file_digests, read_episodes  # noqa: E402
 from trl_stare.stages import Segment  # noqa: E402
 from trl_stare.trainers.presets import PPO_PRESETS  # noqa: E402
 
@@ -263,6 +264,25 @@ def script_step(folder: Path, source: str) -> Step:
     script.write_text(f"import pathlib, sys, time\nout = pathlib.Path(sys.argv[-1].split('=')[1])\n{source}\n")
     done = folder / "step" / "training" / "done"
     return Step(folder / "step", str(script), {"seed": 0}, policy=done, episodes=done, done=done)
+
+
+def test_a_start_is_evaluated_once_and_only_for_its_weights_and_queue(tmp_path):
+    stats = {"action": {"scale": [0.7, 0.7, 0.7, 1.0, 1.0, 1.0, 1.0]}, "state": {"mean": [0.0] * 8, "std": [1.0] * 8}}
+    TokenPolicy.create_tiny({"PushCube-v1": stats}, image_size=16, chunk_size=5).save_pretrained(
+        str(tmp_path / "weak")
+    )
+    digests, file = file_digests(tmp_path / "weak"), tmp_path / "starts" / "weak" / "seed-0.jsonl"
+    queue = dataclasses.replace(read_queue(SMOKE), eval_episodes=1, num_envs=1)
+    evaluate_start(queue, tmp_path / "weak", digests, file, 0)
+    found = file.read_bytes()
+    (file.parent / "config.yaml").unlink()  # folders of earlier versions have none
+    evaluate_start(queue, Path("/not/loaded/again"), digests, file, 0)
+    for name, value in {"temperature": 0.5, "task": "PullCube-v1", "eval_episodes": 2, "num_envs": 2}.items():
+        with pytest.raises(ValueError, match=rf"has other \['{name}'\]"):
+            evaluate_start(dataclasses.replace(queue, **{name: value}), tmp_path / "weak", digests, file, 0)
+    with pytest.raises(ValueError, match=r"has other \['files'\]"):
+        evaluate_start(queue, tmp_path / "weak", digests | {"model.safetensors": "another"}, file, 1)
+    assert file.read_bytes() == found and len(read_episodes(file)) == 1
 
 
 WRITE = "out.mkdir(exist_ok=True); (out / 'done').write_text((out / 'done').read_text() + 'x' if (out / 'done').exists() else 'x')"
