@@ -58,6 +58,7 @@ def test_a_reset_alone_and_a_policy_without_state():
         (GOOD | {"state": STATE[None]}, r"shape \[3\], got \[1, 3\]"),
         (rows(2) | {"state": np.zeros((3, 3))}, r"shape \[2, 3\], got \[3, 3\]"),
         (GOOD | {"state": np.array([0.0, np.nan, np.inf])}, "not finite"),
+        (GOOD | {"state": np.array([0.0, 0.0, 1e300])}, "not finite in float32"),
         (GOOD | {"instruction": None}, "a string, or a list of 1, got 'None'"),
         (rows(2) | {"instruction": ["a"]}, "a string, or a list of 2"),
         (rows(2) | {"instruction": ["a", 1]}, "a string, or a list of 2"),

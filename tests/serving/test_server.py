@@ -152,6 +152,18 @@ def test_a_failing_policy_is_told_and_served_on(policy, remote, monkeypatch, cap
     assert remote.infer(one())["actions"].shape == (10, 7)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_no_motion(policy, remote, monkeypatch, temperature):
+    logits = policy.action_logits
+
+    def overflow(inputs, trace):
+        return torch.full_like(logits(inputs, trace)[0], torch.nan), torch.zeros(1, 1)
+
+    monkeypatch.setattr(policy, "action_logits", overflow)
+    with pytest.raises(ValueError, match="the policy failed: "):
+        remote.infer(one() | {"temperature": temperature})
+
+
 def test_large_messages_close_only_their_connection(server, remote):
     large = one() | {"image": np.zeros((300, 300, 3), np.uint8)}
     with pytest.raises(ValueError, match="at most 200000 bytes, got 270"):

@@ -106,6 +106,9 @@ def sample_bins(logits: Tensor, temperature: float, generator: torch.Generator |
     """`[N, L, bins]` logits -> sampled bins and their log-probabilities, `[N, L]` on the CPU, where `generator` lives.
 
     Temperature 0 takes the best bin; its log-probability is that at temperature 1.
+
+    Raises:
+        RuntimeError: if the model answers values that are not finite, whose best bin would be a motion at full scale.
     """
     logps = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1).cpu()
     if temperature:
@@ -113,4 +116,9 @@ def sample_bins(logits: Tensor, temperature: float, generator: torch.Generator |
         trace = torch.multinomial(logps.exp().view(-1, bins), 1, generator=generator).view(n, length)
     else:
         trace = logps.argmax(dim=-1)
-    return trace, logps.gather(-1, trace[..., None]).squeeze(-1)
+    chosen = logps.gather(-1, trace[..., None]).squeeze(-1)
+    if not chosen.isfinite().all():
+        raise RuntimeError(
+            "the model's logits must be finite, got NaN or infinity. Look for NaN in its weights, and for overflow in its `dtype`."
+        )
+    return trace, chosen

@@ -155,9 +155,11 @@ def _state(state: Any, single: bool, rows: int, size: int | None) -> Tensor | No
         or size not in (None, state.shape[-1])
     ):
         raise ValueError(f"{wanted}, got {[*state.shape]}.")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite then, and refused
+        state = state.astype(np.float32)
     if not np.isfinite(state).all():
-        raise ValueError(f"{wanted}, got values that are not finite.")
-    state = torch.from_numpy(state.astype(np.float32))
+        raise ValueError(f"{wanted}, got values that are not finite in float32.")
+    state = torch.from_numpy(state)
     return state[None] if single else state
 
 
