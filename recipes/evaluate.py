@@ -47,6 +47,7 @@ from trl_stare.evaluation import (
     write_played,
     write_robustness,
 )
+from trl_stare.evaluation.records import write_atomically
 from trl_stare.interfaces import NOMINAL
 from trl_stare.runs import Stopwatch, claim_folder, set_entries
 from trl_stare.tasks import import_tasks
@@ -217,7 +218,7 @@ def evaluate_task(job: Job, task: str, variation: str, out: Path) -> tuple[list[
     videos = [path.relative_to(out).as_posix() for path in sorted((out / "videos" / task).glob("*.mp4"))]
     metrics = task_metrics(rows, stages.event_names, rule=args.success_rule, environment=environment, videos=videos)
     write_played(file, rows)
-    found.write_text(json.dumps(metrics))
+    write_atomically(found, json.dumps(metrics))
     shutil.rmtree(blocks)
     return rows, metrics
 

@@ -1,6 +1,9 @@
 """Whose a run's folder is, and how its seconds add up."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +37,50 @@ def test_a_setting_that_is_no_longer_given_has_changed(tmp_path):
     with pytest.raises(ValueError, match=r"has other \['shaping_weight'\]"):
         claim_folder(tmp_path, {"seed": 1})
     claim_folder(tmp_path, {"seed": 1, "shaping_weight": 1.0})
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Files end after eight bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_settings_and_seconds_that_were_there(tmp_path):
+    claim_folder(tmp_path, {"seed": 1, "phases": "a,b"})
+    watch = Stopwatch(tmp_path / "timing.json")
+    with watch("training"):
+        pass
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    with full_disk():
+        with pytest.raises(OSError, match="File too large"):
+            claim_folder(tmp_path, {"seed": 1, "phases": "b"}, free=("phases",))
+        with pytest.raises(OSError, match="File too large"), watch("training"):
+            pass
+        claim_folder(tmp_path, {"seed": 1, "phases": "a,b"})  # nothing new, nothing written
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ["", "seed: [1", "seed"])
+def test_settings_that_cannot_be_read_say_what_to_do(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config.yaml that cannot be read.*delete the file and continue"):
+        claim_folder(tmp_path, {"seed": 1})
+    (tmp_path / "config.yaml").unlink()
+    assert claim_folder(tmp_path, {"seed": 1}) == tmp_path
+
+
+@pytest.mark.parametrize("text", ["", "[1.0]"])
+def test_seconds_that_cannot_be_read_are_counted_anew(tmp_path, caplog, text):
+    (tmp_path / "timing.json").write_text(text)
+    with Stopwatch(tmp_path / "timing.json")("training"):
+        pass
+    assert "timing.json cannot be read" in caplog.text
+    assert list(json.loads((tmp_path / "timing.json").read_text())) == ["training"]
 
 
 def test_seconds_add_up_over_runs_and_count_failures(tmp_path):

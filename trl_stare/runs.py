@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,10 @@ from typing import Any, TypeVar
 
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
+
+from trl_stare.evaluation.records import write_atomically
+
+logger = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings")
 
@@ -25,13 +30,12 @@ def claim_folder(folder: str | Path, settings: Mapping[str, Any], *, free: Colle
         free (`Collection[str]`): settings that may differ when a run is continued.
 
     Raises:
-        ValueError: if a run with other settings is there; names them.
+        ValueError: if a run with other settings is there; names them. Or if its settings cannot be read.
     """
     folder = Path(folder)
     file = folder / "config.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        before = yaml.safe_load(file.read_text())
+    before = _read_settings(file) if file.exists() else None
+    if before is not None:
         names = (before.keys() | settings.keys()) - set(free)  # also one that is no longer given
         changed = sorted(name for name in names if before.get(name) != settings.get(name))
         if changed:
@@ -39,8 +43,22 @@ def claim_folder(folder: str | Path, settings: Mapping[str, Any], *, free: Colle
                 f"`output_dir` must be new or of the same run, got {folder} whose config.yaml has other {changed}. "
                 "Use another `output_dir`, or the same settings to continue."
             )
-    file.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
+    if before != settings:
+        write_atomically(file, yaml.safe_dump(dict(settings), sort_keys=False))
     return folder
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(file.read_text())
+    except yaml.YAMLError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"`output_dir` must be new or hold the settings of its run, got {file} that cannot be read: a full disk, perhaps. "
+            "Use another `output_dir`; if you know that the run there has these settings, delete the file and continue."
+        )
+    return settings
 
 
 class Stopwatch:
@@ -48,7 +66,12 @@ class Stopwatch:
 
     def __init__(self, path: Path):
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = {}
+        if path.exists():
+            try:
+                self.seconds |= json.loads(path.read_text())
+            except (TypeError, ValueError) as error:  # no results hang on it
+                logger.warning("%s cannot be read (%s): seconds are counted anew", path, error)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -57,7 +80,7 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-            self.path.write_text(json.dumps(self.seconds, indent=2))
+            write_atomically(self.path, json.dumps(self.seconds, indent=2))
 
 
 def as_number(value: Any) -> Any:
