@@ -11,6 +11,7 @@ Interrupt it whenever you like: every finished episode is kept, and the same com
 machine gives the same bytes; times are in `timing.json`, apart from the results. See docs/evaluation.md.
 """
 
+import glob
 import json
 import logging
 import shutil
@@ -25,6 +26,7 @@ from trl import TrlParser
 
 from trl_stare import get_plan, make_env
 from trl_stare.actors import SCRIPTED, NamedActor, load_actors
+from trl_stare.data.trajectory import Trajectory
 from trl_stare.envs import get_simulated_task, get_variation, select_variations
 from trl_stare.evaluation import (
     RULES,
@@ -54,7 +56,7 @@ from trl_stare.tasks import import_tasks
 
 logger = logging.getLogger("evaluate")
 
-FREE = ("output_dir", "push", "task_module", "variations")
+FREE = ("output_dir", "push", "task_module", "variations", "videos")
 """May differ when an evaluation is continued."""
 
 
@@ -215,7 +217,7 @@ def evaluate_task(job: Job, task: str, variation: str, out: Path) -> tuple[list[
                 on_episode=partial(show, bar, solved), on_block=film,
             )  # fmt: skip
         environment = env.metadata | {"num_parts": len(env.parts)}
-    videos = [path.relative_to(out).as_posix() for path in sorted((out / "videos" / task).glob("*.mp4"))]
+    videos = [path.relative_to(out).as_posix() for path in sorted((out / "videos" / task).glob("[!.]*.mp4"))]
     metrics = task_metrics(rows, stages.event_names, rule=args.success_rule, environment=environment, videos=videos)
     write_played(file, rows)
     write_atomically(found, json.dumps(metrics))
@@ -237,14 +239,21 @@ class Film:
         self.task, self.folder, self.videos, self.stack, self.varied = task, folder, videos, stack, varied
         self.camera = None
 
-    def __call__(self, trajectories: list) -> None:
+    def __call__(self, trajectories: list[Trajectory]) -> None:
         for trajectory in trajectories:
             outcome = "success" if trajectory.success_once else "failure"
-            if len(list(self.folder.glob(f"*_{outcome}_*.mp4"))) < self.videos:
-                if self.camera is None:
-                    env = make_env(self.task, 1, num_workers=1, chunk_size=1, image_size=256, **self.varied)
-                    self.camera = self.stack.enter_context(closing(env))
-                film_episode(self.camera, trajectory, get_plan(self.task), self.folder)
+            name = glob.escape(Path(trajectory.policy).name)
+            if len(list(self.folder.glob(f"{name}_{outcome}_seed*.mp4"))) < self.videos:
+                try:
+                    self._film(trajectory)
+                except (OSError, RuntimeError, ValueError) as error:  # the episode counts without it
+                    logger.warning("no video of seed %d of %s: %s", trajectory.seed, self.task, error)
+
+    def _film(self, trajectory: Trajectory) -> None:
+        if self.camera is None:
+            env = make_env(self.task, 1, num_workers=1, chunk_size=1, image_size=256, **self.varied)
+            self.camera = self.stack.enter_context(closing(env))
+        film_episode(self.camera, trajectory, get_plan(self.task), self.folder)
 
 
 if __name__ == "__main__":

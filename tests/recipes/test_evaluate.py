@@ -16,6 +16,7 @@ from trl_stare.policies import TokenPolicy, create_tiny_pi0
 QUANTILES = {"q01": [-0.1] * 7, "q99": [0.1] * 7}
 ROOT = Path(__file__).parents[2]
 TASK = "PushCube-v1"
+EXPERT = ["--model", "expert", "--task", TASK, "--episodes", 1, "--num_envs", 1]
 
 
 def launch(recipe: str, *args: object) -> subprocess.CompletedProcess:
@@ -97,10 +98,34 @@ def test_a_flow_policy_of_several_robots_is_evaluated_as_any_other(tmp_path, run
 
 
 def test_chance_does_not_continue_the_demonstrators_evaluation(tmp_path, run_script):
-    flags = ["--task", TASK, "--episodes", 1, "--num_envs", 1, "--videos", 0, "--output_dir", tmp_path]
-    run_script("recipes/evaluate.py", "--model", "expert", *flags)
+    flags = [*EXPERT, "--videos", 0, "--output_dir", tmp_path]
+    run_script("recipes/evaluate.py", *flags)
+    flags[1] = "random"
     with pytest.raises(ValueError, match=r"has other \['model'\]"):
-        run_script("recipes/evaluate.py", "--model", "random", *flags)
+        run_script("recipes/evaluate.py", *flags)
+
+
+def test_a_video_that_was_cut_off_is_filmed_again_and_not_published(tmp_path, run_script):
+    videos = tmp_path / "videos" / TASK
+    videos.mkdir(parents=True)
+    (videos / ".partial-expert_success_seed0.mp4").write_bytes(b"cut off")
+    # another policy's, whose name has the outcome in it
+    (videos / "a_success_expert_failure_seed7.mp4").write_bytes(b"")
+    run_script("recipes/evaluate.py", *EXPERT, "--output_dir", tmp_path)
+    metrics = json.loads((tmp_path / "eval_info.json").read_text())["per_task"][0]["metrics"]
+    assert [Path(path).name for path in metrics["video_paths"]] == [
+        "a_success_expert_failure_seed7.mp4",
+        "expert_success_seed0.mp4",
+    ]
+    assert len(list(videos.iterdir())) == 2
+
+
+def test_a_video_that_fails_is_told_and_the_evaluation_goes_on(tmp_path, run_script, caplog):
+    (tmp_path / "videos").write_text("no folder")
+    run_script("recipes/evaluate.py", *EXPERT, "--output_dir", tmp_path)
+    assert f"no video of seed 0 of {TASK}: " in caplog.text
+    run_script("recipes/evaluate.py", *EXPERT, "--videos", 0, "--output_dir", tmp_path)
+    assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
 
 
 def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_path, run_script):
