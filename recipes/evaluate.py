@@ -15,6 +15,7 @@ import glob
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -39,6 +40,7 @@ from trl_stare.evaluation import (
     film_episode,
     held_out_starts,
     measure_robustness,
+    package_versions,
     play_in_blocks,
     publish_results,
     read_played,
@@ -121,6 +123,11 @@ class EvaluateArguments:
             raise ValueError(f"`videos` must be >= 0 and `num_envs` >= 1, got {self.videos} and {self.num_envs}.")
         if self.push and self.model in SCRIPTED:
             raise ValueError(f"`push` needs a model with a card, got {self.model!r}.")
+        if self.push and self.revision is not None:
+            raise ValueError(
+                f"`revision` must be left out with `push`, which changes the card of the newest weights, got {self.revision!r}. "
+                "Leave out one of the two."
+            )
 
 
 @dataclass
@@ -146,9 +153,7 @@ def main(args: EvaluateArguments) -> None:
     }
     source = resolve_policy(args.model, args.revision)
     actors = load_actors(source.location, tasks, temperature=args.temperature, **args.policy)
-    # a checkpoint is known by its files, wherever they are; a demonstrator and chance have only a name
-    free = (*FREE, "model") if source.files else FREE
-    out = claim_folder(args.output_dir, asdict(args) | {"weights": source.files}, free=free)
+    out = claim(args, source, tasks)
     job, watch = Job(args, source, actors, starts), Stopwatch(out / "timing.json")
     info, nominal = evaluate_tasks(job, NOMINAL, out / NOMINAL if variations else out, watch)
     if args.push:
@@ -158,6 +163,18 @@ def main(args: EvaluateArguments) -> None:
         rule, what = args.success_rule, {name: get_variation(name).what for name in variations}
         write_robustness(out, measure_robustness(nominal, varied, rule=rule), rule=rule, what=what)
         logger.info("%s\n\nwritten to %s", (out / "robustness.md").read_text(), out)
+
+
+def claim(args: EvaluateArguments, source: PolicySource, tasks: Sequence[str]) -> Path:
+    """The folder, if all episodes in it are played and cut as those to come."""
+    decided = {
+        "weights": source.files,
+        "versions": package_versions(),
+        "stage_events": {task: get_plan(task).event_names for task in tasks},
+    }
+    # a checkpoint is known by its files, wherever they are; a demonstrator and chance have only a name
+    free = (*FREE, "model") if source.files else FREE
+    return claim_folder(args.output_dir, asdict(args) | decided, free=free)
 
 
 def evaluate_tasks(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 
 from trl_stare.evaluation import file_digests, read_played
@@ -128,6 +129,18 @@ def test_a_video_that_fails_is_told_and_the_evaluation_goes_on(tmp_path, run_scr
     assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
 
 
+def test_episodes_of_other_packages_or_stages_are_not_continued(tmp_path, run_script):
+    flags = [*EXPERT, "--videos", 0, "--output_dir", tmp_path]
+    run_script("recipes/evaluate.py", *flags)
+    config, info = yaml.safe_load((tmp_path / "config.yaml").read_text()), (tmp_path / "eval_info.json").read_bytes()
+    for name, part in (("versions", "torch"), ("stage_events", TASK)):
+        played = config | {name: config[name] | {part: "another"}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(played))
+        with pytest.raises(ValueError, match=rf"has other \['{name}'\]"):
+            run_script("recipes/evaluate.py", *flags)
+    assert (tmp_path / "eval_info.json").read_bytes() == info
+
+
 def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_path, run_script):
     flags = ["--model", checkpoint, "--task", TASK, "--episodes", 2, "--num_envs", 2, "--num_workers", 1]
     flags += ["--videos", 0, "--variations", "action/latency", "--output_dir", tmp_path]
@@ -170,6 +183,10 @@ def test_folders_that_cannot_be_paired_are_refused(folders, message, run_script,
         (["--model", "expert"], "one of `task` and `suite` must be given"),
         (["--model", "expert", "--task", TASK, "--success_rule", "x"], "`success_rule` must be one of"),
         (["--model", "no/such/folder", "--task", TASK], "there is no such folder"),
+        (
+            ["--model", "user/vla", "--task", TASK, "--revision", "old", "--push", "true"],
+            "`revision` must be left out with `push`.*got 'old'",
+        ),
     ],
 )
 def test_bad_flags(flags, message, tmp_path, run_script):
