@@ -12,6 +12,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from trl_stare.evaluation import (
     CONDITIONS,
@@ -31,9 +32,15 @@ logger = logging.getLogger("compare")
 def main(args: argparse.Namespace) -> None:
     """Check, pair, tell."""
     folders = list(zip(args.a, args.b, strict=True))
-    lines, first, runs = [], read_eval_info(args.a[0]), []
+    lines, first, runs, known = [], read_eval_info(args.a[0]), [], []
     for pair in folders:
         infos = [read_eval_info(folder) for folder in pair]
+        known.append([_weights(folder, info) for folder, info in zip(pair, infos, strict=True)])
+        if known[-1] in known[:-1]:
+            raise ValueError(
+                f"`--with` must give training runs that differ, got the weights of {' and '.join(pair)} twice: "
+                "one run counted again would only seem to make the mean surer. Give each pair of runs once."
+            )
         for side, folder, info in zip("AB", pair, infos, strict=True):
             lines.append(f"- {side}: {info['policy']['name']} ({folder})")
         allowed = [sentence for info in infos for sentence in check_comparable(first, info, allow=args.allow)]
@@ -44,6 +51,11 @@ def main(args: argparse.Namespace) -> None:
     if args.output:
         Path(args.output).write_text(text + "\n", encoding="utf-8")
     logger.info("%s", text)
+
+
+def _weights(folder: str, info: dict) -> Any:
+    """What tells a training run from others: its files, or the folder of an evaluation of a demonstrator or chance, which have none."""
+    return info["policy"]["files"] or Path(folder).resolve()
 
 
 def _compare(folders: Sequence[str], infos: Sequence[dict]) -> dict[str, list[Comparison]]:

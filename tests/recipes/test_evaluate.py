@@ -68,6 +68,12 @@ def test_the_same_command_gives_the_same_bytes_and_no_difference(checkpoint, tmp
     assert "not distinguishable at n = 4, and no difference was seen" in (tmp_path / "ab.md").read_text()
 
     a, b = tmp_path / "a", tmp_path / "b"
+    with pytest.raises(
+        ValueError, match=f"`--with` must give training runs that differ, got the weights of {b} and {a} twice"
+    ):
+        run_script("recipes/compare.py", a, b, "--with", b, a)
+    info["policy"]["files"]["model.safetensors"] = "of another run"
+    (b / "eval_info.json").write_text(json.dumps(info))
     run_script("recipes/compare.py", a, b, "--with", b, a, "--output", tmp_path / "runs.md")
     written = (tmp_path / "runs.md").read_text()
     assert f"- A: {checkpoint} ({b})" in written and "not distinguishable over 2 training runs" in written
