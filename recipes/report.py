@@ -10,7 +10,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from trl_stare.evaluation import Evaluation, html_page, markdown_page
+from trl_stare.evaluation import Evaluation, distinct_names, html_page, markdown_page
 
 logger = logging.getLogger("report")
 
@@ -23,8 +23,8 @@ def main(args: argparse.Namespace) -> None:
         )
     histories = args.history or [None] * len(args.evaluations)
     shown = [
-        Evaluation.load(folder, history=None if history == "-" else history)
-        for folder, history in zip(args.evaluations, histories, strict=True)
+        Evaluation.load(folder, name=name, history=None if history == "-" else history)
+        for folder, name, history in zip(args.evaluations, distinct_names(args.evaluations), histories, strict=True)
     ]
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)

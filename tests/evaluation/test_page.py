@@ -7,7 +7,17 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from trl_stare.evaluation import Evaluation, PlayedEpisode, build_eval_info, html_page, markdown_page, task_metrics
+from trl_stare.evaluation import (
+    Evaluation,
+    PlayedEpisode,
+    build_eval_info,
+    distinct_names,
+    html_page,
+    markdown_page,
+    task_metrics,
+    write_eval_info,
+    write_played,
+)
 from trl_stare.evaluation.page import failed_in
 from trl_stare.evaluation.records import EpisodeResult
 from trl_stare.stages import Segment
@@ -108,6 +118,28 @@ def test_markdown():
     assert "| p | PushCube-v1 | 5 | 40.0 % [11.8, 76.9] | 20.0 % [3.6, 62.4] | 1 |" in text
     assert "| Push | p | 4 | 2 | 50.0 % [15.0, 85.0] |" in text
     assert "| p | PushCube-v1 | Lost at the end | 1 |" in text
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["eval/ppo", "eval/dpo/"], ["ppo", "dpo"]),
+        (["ppo/eval", "dpo/eval", "sft"], ["ppo/eval", "dpo/eval", "sft"]),
+        (["a/x/eval", "b/x/eval", "b/y/eval"], ["a/x/eval", "b/x/eval", "y/eval"]),
+        (["/eval", "/a/eval", "/a/eval"], ["/eval", "a/eval", "a/eval"]),
+    ],
+)
+def test_folders_of_one_name_are_told_apart(folders, names):
+    assert distinct_names(folders) == names
+
+
+def test_the_report_tells_them_apart(tmp_path, run_script):
+    folders = [tmp_path / name / "eval" for name in ("ppo", "dpo")]
+    for folder in folders:
+        write_eval_info(folder, evaluation().info)
+        write_played(folder / "episodes" / f"{TASK}.parquet", ROWS)
+    run_script("recipes/report.py", *folders, "--output_dir", tmp_path)
+    assert all(f"| {name}/eval | {TASK} | 5 |" in (tmp_path / "report.md").read_text() for name in ("ppo", "dpo"))
 
 
 def test_no_evaluation_has_no_page():

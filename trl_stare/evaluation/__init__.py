@@ -14,7 +14,7 @@ from trl_stare.evaluation.eval_info import (
 )
 from trl_stare.evaluation.evaluate import evaluate
 from trl_stare.evaluation.inspection import inspect, plot_timelines
-from trl_stare.evaluation.page import Evaluation, html_page, markdown_page
+from trl_stare.evaluation.page import Evaluation, distinct_names, html_page, markdown_page
 from trl_stare.evaluation.phases import PHASES, PhaseRecords, in_round, phase_order, phase_turn
 from trl_stare.evaluation.played import PlayedEpisode, read_played, write_played
 from trl_stare.evaluation.plots import plot_report
@@ -80,6 +80,7 @@ __all__ = [
     "compare",
     "compare_runs",
     "comparison_table",
+    "distinct_names",
     "episodes_needed",
     "eval_results",
     "eval_table",

@@ -81,6 +81,22 @@ class Evaluation:
         return next((each["metrics"] for each in self.info["per_task"] if each["task"] == task), None)
 
 
+def distinct_names(folders: Sequence[str | Path]) -> list[str]:
+    """A name for each folder: its own, and where that repeats the shortest end of its path that is no other's.
+
+    Example: of `["ppo/eval", "dpo/eval", "sft"]` they are `["ppo/eval", "dpo/eval", "sft"]`, of `["eval/ppo", "eval/dpo"]` `["ppo", "dpo"]`.
+    """
+    paths = [Path(folder).resolve().parts for folder in folders]
+    names = []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        parts = 1
+        while any(other[-parts:] == path[-parts:] for other in others):
+            parts += 1
+        names.append(Path(*path[-parts:]).as_posix())
+    return names
+
+
 def failed_in(episodes: Sequence[PlayedEpisode], stages: Sequence[str], rule: str) -> dict[str, list[PlayedEpisode]]:
     """Failures by the stage in which they ended; episodes that passed all stages and lost it are under `"Lost at the end"`.
 
