@@ -82,6 +82,9 @@ def test_episodes_needed():
         ((5, 1, 12, 6), "B is better (n = 24, p = 0.0034)"),
         ((5, 12, 1, 6), "A is better (n = 24, p = 0.0034)"),
         ((10, 3, 5, 6), "not distinguishable at n = 24, you need about 375 episodes if the difference is as it seems"),
+        # five cannot be enough, whatever Connor's formula says of few episodes (four)
+        ((0, 0, 5, 0), "not distinguishable at n = 5, you need about 6 episodes if the difference is as it seems"),
+        ((0, 0, 6, 0), "B is better (n = 6, p = 0.031)"),
         (
             (10, 3, 3, 8),
             "not distinguishable at n = 24, and no difference was seen; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,9 @@ CONDITIONS = (
 LEVEL = 0.05
 """Of the test: a difference with a smaller p counts."""
 
+FEWEST = 6
+"""So many episodes, at least, only one of two policies must solve: with five, all of them one policy's, the exact p is 2 / 2^5 = 0.0625."""
+
 INTERESTING = 0.05
 """Difference for which episodes are planned where none at all was seen: 5 points."""
 
@@ -73,12 +77,14 @@ class Comparison:
         if self.test.p_value < LEVEL:
             better = "B" if self.difference.value > 0 else "A"
             return f"{better} is better (n = {self.a.n}, p = {self.test.p_value:.2g})"
-        discordant = (self.test.a_only + self.test.b_only) / self.a.n
+        only_one = self.test.a_only + self.test.b_only
+        discordant = only_one / self.a.n
         none = f"not distinguishable at n = {self.a.n}"
         if self.difference.value == 0:
             needed = episodes_needed(max(discordant, INTERESTING), INTERESTING)
             return f"{none}, and no difference was seen; to find one of 5 points you need about {needed:,} episodes"
-        needed = episodes_needed(discordant, self.difference.value)
+        # Connor's formula is an approximation for many episodes
+        needed = max(episodes_needed(discordant, self.difference.value), math.ceil(FEWEST * self.a.n / only_one))
         if needed <= self.a.n:
             return f"{none}, though so large a difference should have been found; repeat it with other seeds"
         return f"{none}, you need about {needed:,} episodes if the difference is as it seems"
