@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def plot(path: Path, results: Mapping[str, Any]) -> None:
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     arms = {name: arm for name, arm in results["arms"].items() if any(arm["curves"].values())}
-    for color, (name, arm) in zip(COLORS, arms.items(), strict=False):
+    for color, (name, arm) in zip(cycle(COLORS), arms.items(), strict=False):
         _plot_curves(left, name, arm, color)
     left.set(xlabel="environment steps", ylabel=f"success in the last {results['queue']['window']} rollouts, %")
     left.set_ylim(0, min(100, left.get_ylim()[1]))

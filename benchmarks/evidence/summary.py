@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,6 +33,8 @@ START = "start"
 """The method of a checkpoint that others are compared with: none."""
 FEW = 3
 """From so many training seeds, or starts, on an interval is given: that of two is nearly always wider than the figure."""
+OTHER = ("training_args.bin",)
+"""Files of a checkpoint that look like weights and are none."""
 RARE = 0.05
 """Success of a start below which it is called rare, in [0, 1]."""
 
@@ -105,13 +108,15 @@ def findings(results: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
 
 def _finding(file: str, content: Mapping[str, Any], a: Any, b: Any, test: Mapping[str, Any]) -> Finding:
     files = content["checkpoints"][b["start"]]["files"]
+    # several files where they are sharded
+    weights = [files[name] for name in sorted(files) if name.endswith((".safetensors", ".bin")) and name not in OTHER]
     return Finding(
         file=file,
         task=content["queue"]["task"],
         a=a,
         b=b,
         start=content["starts"][b["start"]]["success_once"],
-        origin=f"{files.get('model.safetensors')} at {content['queue']['temperature']}",
+        origin=f"{' '.join(weights)} at {content['queue']['temperature']}",
         differences=tuple(part["difference"] for part in test["per_seed"].values()),
         p_value=test["p_value"],
     )
@@ -195,7 +200,7 @@ different as tasks are, so the intervals are rather too narrow; runs with [stage
 def plot(path: Path, found: Iterable[Finding]) -> None:
     """What stages change in each phase, over the success of the start. path (`Path`): of the picture."""
     shown = [one for one in found if one.phase is not None]
-    colors = dict(zip(sorted({one.task for one in shown}), COLORS, strict=False))
+    colors = dict(zip(sorted({one.task for one in shown}), cycle(COLORS), strict=False))
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     for panel, (phase, title) in zip(
         panels, (("interaction", "PPO -> StA-PPO"), ("preference", "TPO -> StA-TPO")), strict=True

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.evidence import curves  # noqa: E402
 from benchmarks.evidence.curves import Point, learning_curve, moving_success, plot, steps_to_reach  # noqa: E402
 from benchmarks.evidence.queue import Queue, read_queue  # noqa: E402
 from benchmarks.evidence.results import build_results, learning, markdown  # noqa: E402
@@ -257,6 +258,17 @@ def test_the_table_and_the_picture(results, tmp_path):
     assert "| to 50 %, 1000 steps | to 80 %, 1000 steps | 1000 steps in all |" in text
     plot(tmp_path / "results.png", json.loads(json.dumps(results)))
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_more_arms_than_colours_are_all_drawn(results, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(curves.plt, "close", shown.append)
+    arms = {f"arm {k}": results["arms"]["ppo"] for k in range(8)}
+    plot(tmp_path / "results.png", json.loads(json.dumps(results | {"arms": arms})))
+    monkeypatch.undo()
+    names = [text.get_text() for text in shown[0].axes[0].get_legend().get_texts()]
+    curves.plt.close(shown[0])
+    assert names == list(arms)
 
 
 def script_step(folder: Path, source: str) -> Step:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.evidence.summary import findings, over_starts, page, table  # noqa: E402
+from benchmarks.evidence.summary import findings, over_starts, page, plot, table  # noqa: E402
 
 EVIDENCE = ROOT / "docs" / "evidence"
 
@@ -71,6 +71,15 @@ def test_runs_that_queues_share_count_once_where_most_are():
     assert [(one.file, one.start, len(one.differences)) for one in found] == [("another", 0.25, 1), ("four", 0.5, 4)]
 
 
+def test_checkpoints_in_shards_are_told_apart_by_all_their_weights():
+    queues = {name: results(0.1) for name in ("one", "same", "another")}
+    for name, content in queues.items():
+        last = "y" if name == "another" else "x"
+        files = {"model-1-of-2.safetensors": "abc", "model-2-of-2.safetensors": last, "training_args.bin": name}
+        content["checkpoints"]["weak"]["files"] = files
+    assert [one.file for one in findings(queues)] == ["another", "one"]
+
+
 def test_the_table_has_the_mean_over_training_seeds():
     # 12.0 and -1.3 points: as `mean_difference` has it
     text = table(findings({"queue": results(0.12, -0.013), "single": results(0.1, task="PullCube-v1")}))
@@ -96,6 +105,11 @@ def test_the_page_in_docs_is_of_the_results_that_are_there():
     assert (ROOT / "docs" / "comparisons.md").read_text() == page(findings(content), "comparisons.png"), (
         "run `python -m benchmarks.evidence.summary docs/evidence/*.json`"
     )
+
+
+def test_more_tasks_than_colours_have_a_figure(tmp_path):
+    plot(tmp_path / "found.png", findings({f"{k}": results(0.1, task=f"Task{k}-v1") for k in range(8)}))
+    assert (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_command_writes_page_and_figure(run_script, tmp_path):
