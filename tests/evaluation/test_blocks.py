@@ -43,17 +43,6 @@ def test_a_continued_evaluation_is_the_one_that_was_never_interrupted(env, tmp_p
     assert read_played(tmp_path / "a.parquet") == whole
 
 
-def test_a_block_is_kept_before_it_is_filmed(env, tmp_path):
-    def fail(block):
-        raise RuntimeError("no video")
-
-    chance, plan = load_actor("random", TASK).make, get_plan(TASK)
-    with pytest.raises(RuntimeError, match="no video"):
-        play_in_blocks(env, chance, plan, [5, 6], tmp_path, seed=0, on_block=fail)
-    kept = read_played(tmp_path / "0-5.parquet")
-    assert play_in_blocks(env, chance, plan, [5, 6], tmp_path, seed=0, on_block=fail) == kept
-
-
 def test_what_makes_no_evaluation_is_refused(env, tmp_path):
     chance, plan = load_actor("random", TASK).make, get_plan(TASK)
     with pytest.raises(ValueError, match="at least one seed, each once"):

@@ -43,7 +43,7 @@ def play_in_blocks(
         seed (`int`): of the actor's randomness.
         name (`str`): who acts, as the trajectories say.
         on_episode (`Callable`, *optional*): told of every row as it is known, those kept before included (a progress bar).
-        on_block (`Callable`, *optional*): given a block's trajectories once it is kept (videos).
+        on_block (`Callable`, *optional*): given a block's trajectories before it is kept (videos): a kill meanwhile repeats both.
 
     Returns:
         `list[PlayedEpisode]`, in the order of `starts`; voided ones are among them.
@@ -68,9 +68,9 @@ def play_in_blocks(
             entropy = int(np.random.SeedSequence([seed, block[0]]).generate_state(1)[0])
             actor = make_actor(torch.Generator().manual_seed(entropy))
             rows, trajectories = _play(env, actor, plan, block, seed=seed, name=name, tell=tell)
-            write_played(file, rows)
             if on_block is not None:
                 on_block(trajectories)
+            write_played(file, rows)
         episodes += rows
     return episodes
 
