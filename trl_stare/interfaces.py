@@ -200,11 +200,13 @@ class VLAPolicy(Protocol):
     def evaluate(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0) -> ActionEval:
         """Score `trace` again, differentiably."""
 
-    def score(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0) -> Tensor:
+    def score(
+        self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None
+    ) -> Tensor:
         """`[N]`: what a preference loss compares, a function of weights and arguments alone.
 
-        The log-likelihood of the whole chunk sampled at `temperature` > 0, or minus the error of flow matching at fixed noises
-        and times, which no temperature changes.
+        The log-likelihood of the chunk sampled at `temperature` > 0, or minus the error of flow matching at fixed noises
+        and times, which no temperature changes. Only the entries of `trace` in `mask` `[N, L]` count, by default all.
         """
 
     def imitation_loss(

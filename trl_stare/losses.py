@@ -263,7 +263,7 @@ def margin_loss(margins: Tensor, *, beta: float, loss_type: str = "sigmoid", lab
     return (flipped - kept) / (1 - 2 * label_smoothing)
 
 
-def centered_scores(logps: Tensor, ref_logps: Tensor, trace: Tensor) -> Tensor:
+def centered_scores(logps: Tensor, ref_logps: Tensor, trace: Tensor, mask: Tensor | None = None) -> Tensor:
     """Log-likelihood of each decision plus `KL(ref | pi)`: less the reference's score, its mean over the reference's actions is 0.
 
     `sum_l [log pi_l(a_l) + sum_v ref_l(v) * (log ref_l(v) - log pi_l(v))]`, so that
@@ -277,6 +277,7 @@ def centered_scores(logps: Tensor, ref_logps: Tensor, trace: Tensor) -> Tensor:
     Args:
         logps (`Tensor`): `[S, L, V]` log-probabilities of the policy, differentiable. ref_logps (`Tensor`): `[S, L, V]`.
         trace (`Tensor`): `[S, L]` int64, the tokens taken, sampled from the reference.
+        mask (`Tensor`, *optional*): `[S, L]` bool, the tokens `l` that count; default all.
 
     Returns:
         `Tensor`: `[S]`.
@@ -291,7 +292,10 @@ def centered_scores(logps: Tensor, ref_logps: Tensor, trace: Tensor) -> Tensor:
     _check_shapes(logps.shape[:2], 2, trace=trace)
     taken = logps.gather(-1, trace.unsqueeze(-1)).squeeze(-1)
     kl = (ref_logps.exp() * (ref_logps - logps)).sum(dim=-1)
-    return (taken + kl).sum(dim=-1)
+    if mask is None:
+        return (taken + kl).sum(dim=-1)
+    _check_shapes(trace.shape, 2, mask=mask)
+    return ((taken + kl) * mask).sum(dim=-1)
 
 
 def stage_preference_loss(

@@ -24,7 +24,7 @@ def episode(number: int, num_decisions: int, seed: int = 7) -> Trajectory:
         starts=torch.arange(0, steps, 2),
         actions=torch.zeros(steps, 1),
         labels=torch.zeros(steps, 1),
-        trace=values[:, None].expand(-1, 3),
+        trace=values[:, None].expand(-1, 4),
         logps=None,
         features=None,
         final_image=torch.zeros(4, 5, 3, dtype=torch.uint8),
@@ -50,8 +50,8 @@ def prepare(obs):
 
 def test_a_row_holds_the_decisions_of_its_slices():
     rows = pairs_dataset(EPISODES, PAIRS)
-    assert rows["chosen_trace"] == [[[1] * 3, [2] * 3, [3] * 3], [[30] * 3]]
-    assert rows["rejected_trace"] == [[[12] * 3], [[20] * 3, [21] * 3]]
+    assert rows["chosen_trace"] == [[[1] * 4, [2] * 4, [3] * 4], [[30] * 4]]
+    assert rows["rejected_trace"] == [[[12] * 4], [[20] * 4, [21] * 4]]
     assert rows["stage_name"] == ["Grasp", "Reach"]
     assert rows[1]["rejected_frames"][1].getpixel((0, 0)) == (21, 21, 21)
     assert not {"image", "images"} & set(rows.column_names)
@@ -62,8 +62,8 @@ def test_a_pair_across_starts_has_the_decisions_of_both():
     episodes = [EPISODES[0], replace(EPISODES[2], instruction="do 7")]
     pair = replace(PAIRS[0], rejected=1, rejected_start=0, rejected_stop=2, reason="across")
     rows = pairs_dataset(episodes, [pair])
-    assert rows["seed"] == [7] and rows["chosen_trace"] == [[[1] * 3, [2] * 3, [3] * 3]]
-    assert rows["rejected_trace"] == [[[20] * 3]]
+    assert rows["seed"] == [7] and rows["chosen_trace"] == [[[1] * 4, [2] * 4, [3] * 4]]
+    assert rows["rejected_trace"] == [[[20] * 4]]
     for wrong, trajectories in (
         (replace(pair, reason="passed"), episodes),
         (pair, [EPISODES[0], EPISODES[2]]),
@@ -74,7 +74,7 @@ def test_a_pair_across_starts_has_the_decisions_of_both():
 
 
 def test_the_batch_is_flat_chosen_first():
-    batch = PreferenceCollator(prepare)(list(pairs_dataset(EPISODES, PAIRS)))
+    batch = PreferenceCollator(prepare, 2)(list(pairs_dataset(EPISODES, PAIRS)))
     order = [1, 2, 3, 30, 12, 20, 21]
     assert next(iter(batch)) == "stages"
     assert batch["stages"].tolist() == [1, 0]
@@ -83,6 +83,9 @@ def test_the_batch_is_flat_chosen_first():
     assert batch["rejected_cost"].tolist() == [1.0, 0.75]
     assert batch["side_ids"].tolist() == [0, 0, 0, 1, 2, 3, 3]
     assert batch["trace"][:, 0].tolist() == order
+    # two tokens a step; the first pair's chosen segment ends within a chunk
+    both, first = [True] * 4, [True, True, False, False]
+    assert batch["mask"].tolist() == [both, both, first, both, both, both, both]
     assert batch["inputs"]["pixels"].dtype == torch.uint8
     assert batch["inputs"]["pixels"].shape == (7, 4, 5, 3)
     assert batch["inputs"]["pixels"][:, 0, 0, 0].tolist() == order
@@ -92,7 +95,7 @@ def test_the_batch_is_flat_chosen_first():
 
 def test_reference_scores_are_taken_along():
     rows = pairs_dataset(EPISODES, PAIRS).add_column("ref_chosen_logps", [-1.0, -2.0])
-    assert PreferenceCollator(prepare)(list(rows))["ref_chosen_logps"].tolist() == [-1.0, -2.0]
+    assert PreferenceCollator(prepare, 2)(list(rows))["ref_chosen_logps"].tolist() == [-1.0, -2.0]
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_training_data_are_those_of_the_list(saved, tmp_path, monkeypatch):
     def prepare(obs):
         return {"images": obs.images, "state": obs.state}
 
-    batches = [PreferenceCollator(prepare)([rows[0], rows[33]]) for rows in (rows, expected)]
+    batches = [PreferenceCollator(prepare, 2)([rows[0], rows[33]]) for rows in (rows, expected)]
     assert torch.equal(batches[0]["inputs"]["images"], batches[1]["inputs"]["images"])
     rows = [*demonstration_dataset(episodes, PLAN)][3:6]
     batches = [

@@ -124,7 +124,7 @@ def loss_and_logits(trainer, batch):
 def decision_logps(policy, index):
     """Score of each decision of one episode, straight from the policy."""
     row = pairs_dataset(EPISODES, [stage_pair(index, index, *[slice(0, EPISODES[index].num_steps)] * 2, 0)])[0]
-    batch = PreferenceCollator(policy.prepare)([row])
+    batch = PreferenceCollator(policy.prepare, CHUNK)([row])
     with torch.no_grad():
         return policy.score(batch["inputs"], batch["trace"])[: len(EPISODES[index].starts)]
 

@@ -54,7 +54,7 @@ def test_a_policy_spoilt_in_the_rejected_states_gains_nothing(tmp_path, temperat
     with torch.no_grad():
         ref = reference.score(inputs, trace, temperature=temperature)
         plain = policy.score(inputs, trace, temperature=temperature) - ref
-        centered = trainer._score_steps(policy, inputs, trace, True) - ref
+        centered = trainer._score_steps(policy, inputs, trace, torch.ones_like(trace), True) - ref
     error = centered.std() / 20
     assert plain.mean() < -5 * error
     assert centered.mean().abs() < 3 * error

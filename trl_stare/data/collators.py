@@ -45,12 +45,14 @@ PAIR_FEATURES = Features(
                 "frames": List(Image()),
                 "state": List(List(Value("float32"))),
                 "trace": List(List(Value("int64"))),
+                "taken": List(List(Value("int64"))),
                 "cost": Value("float64"),
             }.items()
         },
     }
 )
-"""Columns of a training row: a pair with the `M` decisions of each side's segment."""
+"""Columns of a training row: a pair with the `M` decisions of each side's segment. `taken` `[M, 2]` is the half-open slice of
+a decision's chunk that was executed in the segment: at its ends a chunk may reach into another stage, or beyond the episode."""
 
 
 def pairs_dataset(
@@ -128,7 +130,8 @@ def _rows(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]) -> Ite
         }
         for side in SIDES:
             trajectory, frames = _find(episodes, pair, side, position)
-            decisions = trajectory.decisions_in(getattr(pair, f"{side}_start"), getattr(pair, f"{side}_stop"))
+            start, stop = getattr(pair, f"{side}_start"), getattr(pair, f"{side}_stop")
+            decisions = trajectory.decisions_in(start, stop)
             if len(decisions) == 0:
                 raise ValueError(
                     f"`pairs` must have a decision on each side, got none on the {side} side of pair {position}."
@@ -136,8 +139,19 @@ def _rows(trajectories: Sequence[Trajectory], pairs: Sequence[StagePair]) -> Ite
             row[f"{side}_frames"] = [frames[decision] for decision in decisions.tolist()]
             row[f"{side}_state"] = trajectory.state[decisions].numpy()
             row[f"{side}_trace"] = trajectory.trace[decisions].numpy()
+            row[f"{side}_taken"] = _taken(trajectory, decisions, start, stop).numpy()
             row[f"{side}_cost"] = getattr(pair, f"{side}_cost")
         yield row
+
+
+def _taken(trajectory: Trajectory, decisions: Tensor, start: int, stop: int) -> Tensor:
+    """`[M, 2]`: of each decision's chunk the half-open slice that was executed in the environment steps `[start, stop)`.
+
+    Example: decisions begin at steps 0, 4 and 8 of 10; of the slice `[2, 9)` they have `[[2, 4], [0, 4], [0, 1]]`.
+    """
+    bounds = trajectory.bounds
+    first, end = bounds[:-1][decisions], bounds[1:][decisions]
+    return torch.stack([first.clamp(min=start), end.clamp(max=stop)], dim=1) - first[:, None]
 
 
 class _EncodedEpisodes(Sequence[tuple[Trajectory, list[dict[str, Any]]]]):
@@ -197,27 +211,31 @@ class PreferenceCollator:
 
     Args:
         prepare (`Callable`): observations -> model inputs ([`VLAPolicy.prepare`]).
+        chunk_size (`int`): `C`, environment steps per decision.
 
     Returns a dict of:
         - `stages` (`[P]` int64), `stage_names` (list of `P` strings), `chosen_cost`, `rejected_cost` (`[P]` float32),
           `ref_chosen_logps`, `ref_rejected_logps` (`[P]` float32, where the rows have them);
         - `side_ids` (`[S]` int64): whose each decision is, the chosen sides are `0 .. P-1`, the rejected `P .. 2P-1`;
-        - `trace` (`[S, L]` int64); `inputs` (dict of `[S, ...]`): what `prepare` made of the observations.
+        - `trace` (`[S, L]` int64); `mask` (`[S, L]` bool): its entries that were executed in the segment; `inputs` (dict of `[S, ...]`): what `prepare` made of the observations.
 
     Example: 2 pairs with 1 and 2 chosen, 2 and 1 rejected decisions have `side_ids = [0, 1, 1, 2, 2, 3]`.
     """
 
     prepare: Callable[[Observation], dict[str, Tensor]]
+    chunk_size: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        images, states, trace, instructions, counts = [], [], [], [], []
+        images, states, trace, taken, instructions, counts = [], [], [], [], [], []
         for side in SIDES:
             for row in rows:
                 counts.append(len(row[f"{side}_frames"]))
                 images.extend(torch.from_numpy(np.array(frame)) for frame in row[f"{side}_frames"])
                 states.extend(row[f"{side}_state"])
                 trace.extend(row[f"{side}_trace"])
+                taken.extend(row[f"{side}_taken"])
                 instructions.extend([row["instruction"]] * counts[-1])
+        tokens = torch.tensor(trace, dtype=torch.int64)
         observation = Observation(torch.stack(images), tuple(instructions), torch.tensor(states, dtype=torch.float32))
         batch = {
             "stages": torch.tensor([row["stage"] for row in rows])
@@ -228,6 +246,12 @@ class PreferenceCollator:
         return batch | {
             "stage_names": [row["stage_name"] for row in rows],
             "side_ids": torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
-            "trace": torch.tensor(trace, dtype=torch.int64),
+            "trace": tokens,
+            "mask": self._mask(torch.tensor(taken), tokens.shape[1]),
             "inputs": self.prepare(observation),
         }
+
+    def _mask(self, taken: Tensor, num_tokens: int) -> Tensor:
+        """`[S, L]` bool: the tokens of the steps in `taken` `[S, 2]`."""
+        step = torch.arange(num_tokens) * self.chunk_size // num_tokens
+        return (step >= taken[:, :1]) & (step < taken[:, 1:])

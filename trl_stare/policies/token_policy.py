@@ -79,9 +79,12 @@ class TokenPolicy(PretrainedPolicy):
         """`[N, L, num_bins]` log-probabilities of every bin, given the bins of `trace` before it."""
         return F.log_softmax(self.action_logits(inputs, trace)[0].float() / temperature, dim=-1)
 
-    def score(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0) -> Tensor:
-        """`[N]` log-likelihood of the chunk over the action vocabulary."""
-        return self.evaluate(inputs, trace, temperature=temperature).logps.sum(-1)
+    def score(
+        self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None
+    ) -> Tensor:
+        """`[N]` log-likelihood over the action vocabulary of the chunk, or of its tokens in `mask` `[N, L]`."""
+        logps = self.evaluate(inputs, trace, temperature=temperature).logps
+        return (logps if mask is None else logps * mask.to(logps)).sum(-1)
 
     def imitation_loss(
         self, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor, weight: Tensor | None = None

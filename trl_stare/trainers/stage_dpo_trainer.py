@@ -50,7 +50,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     Trainer for StA-TPO (STARE-VLA, arXiv 2512.05107): DPO on one stage of two trajectories at a time.
 
     What differs from [`~trl.DPOTrainer`]: a row is a pair of segments ([`pairs_dataset`]); a side's score is the mean
-    (or sum) over its decisions of the chunk's log-likelihood; the loss is [`stage_preference_loss`]. The reference is
+    (or sum) over its environment steps of the log-likelihood of what was done, the mean times the chunk's `C` steps; the loss is [`stage_preference_loss`]. The reference is
     the policy as it is when the trainer is made, or `ref_policy`; its scores are computed then, once, and kept for the
     next run on the same pairs ([`StageDPOConfig`]'s `ref_cache_dir`).
 
@@ -117,7 +117,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
                 model=policy.model,
                 ref_model=None if ref_policy is None else ref_policy.model,
                 args=args,
-                data_collator=PreferenceCollator(policy.prepare),
+                data_collator=PreferenceCollator(policy.prepare, policy.chunk_size),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=policy.processor,
@@ -163,20 +163,20 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     # ---- scores
 
     def _score_steps(
-        self, policy: VLAPolicy, inputs: dict[str, Tensor], trace: Tensor, centered: bool = False
+        self, policy: VLAPolicy, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor, centered: bool = False
     ) -> Tensor:
         """`[S]` score of each decision, forwarded in micro-batches if the configuration says so."""
         size = self.args.step_micro_batch_size or len(trace)
         starts = [*range(0, len(trace), size)]
         idle = self._most_of_all(len(starts)) - len(starts)
         parts: list[tuple[Any, ...]] = [
-            ({name: value[i : i + size] for name, value in inputs.items()}, trace[i : i + size])
+            ({name: value[i : i + size] for name, value in inputs.items()}, trace[i : i + size], mask[i : i + size])
             for i in starts + [0] * idle
         ]
-        score: Callable[..., Tensor] = partial(policy.score, temperature=self.args.temperature)
+        score: Callable[..., Tensor] = partial(self._plain_score, policy)
         if centered:
             # outside of the checkpoint, whose forward is run twice
-            parts = [(*part, self._reference_distribution(*part)) for part in parts]
+            parts = [(*part, self._reference_distribution(*part[:2])) for part in parts]
             score = self._centered_score
         if len(parts) == 1:
             return score(*parts[0])
@@ -189,10 +189,14 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
         steps = torch.cat(scores[: len(starts)])
         return steps + 0.0 * torch.cat(scores[len(starts) :]).sum() if idle else steps
 
-    def _centered_score(self, inputs: dict[str, Tensor], trace: Tensor, ref_logps: Tensor) -> Tensor:
+    def _plain_score(self, policy: VLAPolicy, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor) -> Tensor:
+        """`[S]`, see [`VLAPolicy.score`]."""
+        return policy.score(inputs, trace, temperature=self.args.temperature, mask=mask)
+
+    def _centered_score(self, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor, ref_logps: Tensor) -> Tensor:
         """`[S]`, see [`centered_scores`]."""
         logps = self.policy.action_logps(inputs, trace, temperature=self.args.temperature)
-        return centered_scores(logps, ref_logps, trace.to(ref_logps.device))
+        return centered_scores(logps, ref_logps, trace.to(ref_logps.device), mask.to(ref_logps.device))
 
     @torch.no_grad()
     def _reference_distribution(self, inputs: dict[str, Tensor], trace: Tensor) -> Tensor:
@@ -233,14 +237,17 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     def _score_pairs(
         self, model: nn.Module, policy: VLAPolicy, batch: dict[str, Any], centered: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """`[P]` scores of the chosen and of the rejected sides: mean (or sum) over their decisions."""
+        """`[P]` scores of the chosen and of the rejected sides: sum over their environment steps, or mean times `C`.
+
+        So a whole chunk weighs 1 in the mean, and one of which half was executed in the segment weighs 1/2.
+        """
         inner = self.accelerator.unwrap_model(model)
-        given = policy, batch["inputs"], batch["trace"], centered
-        steps = forward_once(model, inner, self._score_steps, *given).float()
-        sides = steps.new_zeros(2 * len(batch["stages"]))
-        scores = sides.index_add(0, batch["side_ids"], steps)
+        given = policy, batch["inputs"], batch["trace"], batch["mask"], centered
+        decisions = forward_once(model, inner, self._score_steps, *given).float()
+        sides = decisions.new_zeros(2 * len(batch["stages"]))
+        scores = sides.index_add(0, batch["side_ids"], decisions)
         if self.args.objective not in SUMMED:
-            scores = scores / sides.index_add(0, batch["side_ids"], torch.ones_like(steps))
+            scores = scores / sides.index_add(0, batch["side_ids"], batch["mask"].to(decisions).mean(dim=1))
         return scores.chunk(2)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

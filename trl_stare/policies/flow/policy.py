@@ -166,8 +166,12 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
         entropies = gaussian_entropy(std).expand_as(mean)
         return ActionEval(gaussian_logps(chain.after, mean, std).flatten(1), entropies.flatten(1), prefix.features)
 
-    def score(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0) -> Tensor:
+    def score(
+        self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None
+    ) -> Tensor:
         """`[N]`: `-1/2 * |v(x_t, t) - (noise - action)|^2` over the chunk, the mean over the settings' times and noises; differentiable.
+
+        Of the chunk those environment steps count whose record is in `mask` `[N, L]`, by default all.
 
         Differences of it are the logit of Flow-DPO (arXiv 2501.13918) with a constant beta. Times and noises are the same for policy
         and reference, chosen and rejected, and for every decision: equal weights have equal scores, and the margin no noise of
@@ -178,10 +182,13 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
         draws = self.settings.score_draws
         generator = torch.Generator().manual_seed(self.settings.score_seed)
         noises = torch.randn(draws, 1, self.chunk_size, self.latent_dim, generator=generator).to(self.device)
+        kept = torch.ones_like(trace) if mask is None else mask
+        kept = kept.to(self.device).unflatten(1, (self.chunk_size, -1)).all(-1)[..., None]
         error = actions.new_zeros(len(actions))
         for draw, noise in enumerate(noises):
             time = actions.new_full((len(actions),), (draw + 0.5) / draws)
-            error = error + self._errors(inputs, prefix, actions, noise.expand_as(actions), time).sum((1, 2))
+            errors = self._errors(inputs, prefix, actions, noise.expand_as(actions), time)
+            error = error + (errors * kept).sum((1, 2))
         return -0.5 * error / draws
 
     def imitation_loss(
