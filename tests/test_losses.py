@@ -341,6 +341,15 @@ class TestCenteredScores:
         with pytest.raises(ValueError, match=r"`ref_logps` must have shape \[4, 2, 3\]"):
             centered_scores(torch.zeros(4, 2, 3), torch.zeros(1, 2, 3), torch.zeros(4, 2).long())
 
+    def test_of_some_tokens_they_are_those_of_these_alone(self):
+        g = torch.Generator().manual_seed(0)
+        logps, ref_logps = (torch.randn(5, 4, 3, generator=g).log_softmax(-1) for _ in range(2))
+        trace, mask = torch.arange(20).view(5, 4) % 3, torch.tensor([True, False, True, False]).expand(5, 4)
+        some = centered_scores(logps[:, ::2], ref_logps[:, ::2], trace[:, ::2])
+        torch.testing.assert_close(centered_scores(logps, ref_logps, trace, mask), some)
+        with pytest.raises(ValueError, match="`mask` must have shape"):
+            centered_scores(logps, ref_logps, trace, mask[:1])
+
 
 class TestMarginLoss:
     # loss, beta, label_smoothing, margin -> value, by hand

@@ -153,3 +153,13 @@ def test_traces_are_what_was_executed(change, message):
     with pytest.raises(ValueError, match=message):
         check_traces(trajectories, Halves())
     check_traces(trajectories, Halves(), episodes=1)
+
+
+def test_a_chunk_is_divided_among_the_stages_it_acts_in():
+    """Seven steps of an episode that ended within its last chunk: every step is in one segment, and none that was not taken."""
+    long = replace(EPISODES[0], actions=torch.zeros(7, 1))
+    cuts = [(0, 3), (3, 4), (4, 7)]
+    pairs = [replace(PAIRS[0], chosen_start=start, chosen_stop=stop) for start, stop in cuts]
+    rows = pairs_dataset([long, EPISODES[1]], pairs)
+    assert rows["chosen_taken"] == [[[0, 2], [0, 1]], [[1, 2]], [[0, 2], [0, 1]]]
+    assert PreferenceCollator(prepare, 2)(list(rows))["mask"][:5].sum() == 2 * 7

@@ -1,13 +1,27 @@
 """The losses of StageDPOTrainer against `DPOTrainer._compute_loss` itself, on the policy's own scores; precision."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
-from stage_dpo_toy import STAGE_PAIRS, WHOLE_PAIRS, batch_of, loss_and_logits, make_policy, make_trainer, perturb
+from stage_dpo_toy import (
+    ACTION_DIM,
+    BINS,
+    EPISODES,
+    STAGE_PAIRS,
+    WHOLE_PAIRS,
+    batch_of,
+    loss_and_logits,
+    make_policy,
+    make_trainer,
+    perturb,
+    stage_pair,
+)
 from trl import DPOTrainer
 
+from trl_stare.data.collators import pairs_dataset
 from trl_stare.losses import PREFERENCE_LOSSES
 from trl_stare.trainers.stage_dpo_trainer import REFERENCE_COLUMNS
 
@@ -105,3 +119,34 @@ def test_lora_in_bf16_with_gradient_checkpointing_and_micro_batches(tmp_path):
     # in the reference's own precision: the adapter begins as zero
     assert trainer.state.log_history[0]["rewards/chosen"] == trainer.state.log_history[0]["rewards/rejected"] == 0.0
     assert all(torch.equal(parameter, before) for parameter, before in base)
+
+
+def test_what_stages_score_adds_up_to_what_the_trajectory_scores(tmp_path):
+    """Also where a stage ends within a chunk, and the episode too."""
+    episodes = [replace(EPISODES[0], actions=EPISODES[0].actions[:9]), EPISODES[1]]
+    stages = [stage_pair(0, 1, slice(0, 3), slice(0, 2), 0), stage_pair(0, 1, slice(3, 9), slice(2, 6), 1)]
+    whole = [stage_pair(0, 1, slice(0, 9), slice(0, 6), 0, stage_name="trajectory")]
+    logits = {}
+    for objective, pairs in (("sta-tpo-sum", stages), ("tpo-sum", whole)):
+        policy, rows = make_policy(), pairs_dataset(episodes, pairs)
+        trainer = make_trainer(policy, tmp_path / objective, rows, objective=objective, beta=0.3, cost_coef=0.0)
+        perturb(policy)
+        logits[objective] = loss_and_logits(trainer, batch_of(trainer))[1].detach()
+    torch.testing.assert_close(logits["sta-tpo-sum"].sum(), logits["tpo-sum"][0], rtol=1e-4, atol=1e-5)
+    assert logits["tpo-sum"].abs() > 0.01
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_steps_that_were_not_taken_in_the_stage_do_not_count(tmp_path, centered):
+    """Another action in their place makes no other pair; in the place of those that were it does."""
+    pairs, losses = [stage_pair(0, 1, slice(0, 3), slice(0, 2), 0)], []
+    for changed in (None, 3, 2):  # steps of the second chunk, of which the segment holds the first
+        policy, trace = make_policy(), EPISODES[0].trace.clone()
+        if changed is not None:
+            actions = trace.view(-1, ACTION_DIM)
+            actions[changed] = (actions[changed] + 1) % BINS
+        rows = pairs_dataset([replace(EPISODES[0], trace=trace), EPISODES[1]], pairs)
+        trainer = make_trainer(policy, tmp_path / str(changed), rows, centered=centered)
+        perturb(policy)
+        losses.append(loss_and_logits(trainer, batch_of(trainer))[0].item())
+    assert losses[0] == losses[1] != losses[2]

@@ -152,6 +152,11 @@ class PolicyConformance:
             logps = policy.evaluate(inputs, sample.trace, temperature=temperature).logps
             torch.testing.assert_close(scored, logps.sum(-1) if self.acts_in_tokens else score, atol=1e-4, rtol=0)
         assert torch.equal(score, policy.score(inputs, sample.trace)) and (score < 0).all()
+        step = torch.arange(sample.trace.shape[1]) * policy.chunk_size // sample.trace.shape[1]
+        masks = [(step == index).expand_as(sample.trace) for index in range(policy.chunk_size)]
+        parts = [policy.score(inputs, sample.trace, mask=mask) for mask in masks]
+        torch.testing.assert_close(torch.stack(parts).sum(0), score, atol=1e-3, rtol=1e-4)
+        assert torch.stack(parts).abs().min() > 0, "score: the steps in `mask`, and no others"
         swapped = {name: value.flip(0) for name, value in inputs.items()}
         margin = -policy.score(swapped, sample.trace.flip(0)).diff()
         torch.testing.assert_close(margin, score.diff(), atol=1e-4, rtol=0)

@@ -1,10 +1,11 @@
-"""Weights that are divided among processes (ZeRO-3): whole again where a process works on its own."""
+"""Weights that are divided among processes (ZeRO-3, FSDP): whole again where a process works on its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from torch import nn
@@ -43,3 +44,20 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
             yield
         finally:
             add_hooks(model)
+
+
+def are_divided(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the weights only, which every forward fetches from all: ZeRO-3 and FSDP."""
+    state = accelerator.state
+    is_fsdp = getattr(state, "fsdp_plugin", None) is not None
+    return is_fsdp or (state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3)
+
+
+def most_of_all(accelerator: Accelerator, count: int) -> int:
+    """The largest `count` of all processes where weights are divided, elsewhere `count`.
+
+    A process with fewer micro-batches would leave the others waiting for its part.
+    """
+    if not are_divided(accelerator):
+        return count
+    return int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())

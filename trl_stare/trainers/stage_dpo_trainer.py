@@ -33,6 +33,7 @@ from trl_stare.trainers._compat import (
     use_adapter,
 )
 from trl_stare.trainers.adapters import require_trainable
+from trl_stare.trainers.sharding import are_divided, most_of_all
 from trl_stare.trainers.stage_dpo_card import write_preference_card
 from trl_stare.trainers.stage_dpo_config import SUMMED, StageDPOConfig
 from trl_stare.trainers.stage_dpo_metrics import pair_metrics
@@ -50,9 +51,9 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     Trainer for StA-TPO (STARE-VLA, arXiv 2512.05107): DPO on one stage of two trajectories at a time.
 
     What differs from [`~trl.DPOTrainer`]: a row is a pair of segments ([`pairs_dataset`]); a side's score is the mean
-    (or sum) over its environment steps of the log-likelihood of what was done, the mean times the chunk's `C` steps; the loss is [`stage_preference_loss`]. The reference is
-    the policy as it is when the trainer is made, or `ref_policy`; its scores are computed then, once, and kept for the
-    next run on the same pairs ([`StageDPOConfig`]'s `ref_cache_dir`).
+    (or sum) over its environment steps of the log-likelihood of what was done, the mean times the chunk's `C` steps; the
+    loss is [`stage_preference_loss`]. The reference is the policy as it is when the trainer is made, or `ref_policy`; its
+    scores are computed then, once, and kept for the next run on the same pairs ([`StageDPOConfig`]'s `ref_cache_dir`).
 
     Args:
         policy ([`VLAPolicy`]): what is trained: its `model` is a [`~transformers.PreTrainedModel`] (or a `PeftModel`).
@@ -168,16 +169,15 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
         """`[S]` score of each decision, forwarded in micro-batches if the configuration says so."""
         size = self.args.step_micro_batch_size or len(trace)
         starts = [*range(0, len(trace), size)]
-        idle = self._most_of_all(len(starts)) - len(starts)
+        idle = most_of_all(self.accelerator, len(starts)) - len(starts)
         parts: list[tuple[Any, ...]] = [
             ({name: value[i : i + size] for name, value in inputs.items()}, trace[i : i + size], mask[i : i + size])
             for i in starts + [0] * idle
         ]
-        score: Callable[..., Tensor] = partial(self._plain_score, policy)
+        score: Callable[..., Tensor] = partial(self._score, policy)
         if centered:
             # outside of the checkpoint, whose forward is run twice
             parts = [(*part, self._reference_distribution(*part[:2])) for part in parts]
-            score = self._centered_score
         if len(parts) == 1:
             return score(*parts[0])
         if torch.is_grad_enabled():
@@ -189,13 +189,18 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
         steps = torch.cat(scores[: len(starts)])
         return steps + 0.0 * torch.cat(scores[len(starts) :]).sum() if idle else steps
 
-    def _plain_score(self, policy: VLAPolicy, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor) -> Tensor:
-        """`[S]`, see [`VLAPolicy.score`]."""
-        return policy.score(inputs, trace, temperature=self.args.temperature, mask=mask)
-
-    def _centered_score(self, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor, ref_logps: Tensor) -> Tensor:
-        """`[S]`, see [`centered_scores`]."""
-        logps = self.policy.action_logps(inputs, trace, temperature=self.args.temperature)
+    def _score(
+        self,
+        policy: VLAPolicy,
+        inputs: dict[str, Tensor],
+        trace: Tensor,
+        mask: Tensor,
+        ref_logps: Tensor | None = None,
+    ) -> Tensor:
+        """`[S]`: [`VLAPolicy.score`], or [`centered_scores`] against the reference's distribution."""
+        if ref_logps is None:
+            return policy.score(inputs, trace, temperature=self.args.temperature, mask=mask)
+        logps = policy.action_logps(inputs, trace, temperature=self.args.temperature)
         return centered_scores(logps, ref_logps, trace.to(ref_logps.device), mask.to(ref_logps.device))
 
     @torch.no_grad()
@@ -213,12 +218,11 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
             ValueError: if the policy's actions have no distribution that could be averaged over, or its weights are
                 divided among processes.
         """
-        zero = self.accelerator.state.deepspeed_plugin
         if not hasattr(self.policy, "action_logps"):
             raise ValueError(
                 f"`centered` must be False for a {type(self.policy).__name__}, got True: it samples no tokens."
             )
-        if self.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3):
+        if are_divided(self.accelerator):
             raise ValueError(
                 "`centered` must be False under ZeRO-3 and FSDP, got True. Use `ddp.yaml` or `zero2.yaml`."
             )
@@ -226,21 +230,10 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
             self._kept_reference = self.ref_policy or copy.deepcopy(self.policy)
             self._kept_reference.model.to(self.accelerator.device).eval().requires_grad_(False)
 
-    def _most_of_all(self, count: int) -> int:
-        """The largest `count` of all processes under ZeRO-3 and FSDP, where each forward fetches weights from all of
-        them: a process with fewer micro-batches would leave the others waiting. Elsewhere `count`."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        if not self.is_fsdp_enabled and (plugin is None or plugin.zero_stage != 3):
-            return count
-        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
-
     def _score_pairs(
         self, model: nn.Module, policy: VLAPolicy, batch: dict[str, Any], centered: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """`[P]` scores of the chosen and of the rejected sides: sum over their environment steps, or mean times `C`.
-
-        So a whole chunk weighs 1 in the mean, and one of which half was executed in the segment weighs 1/2.
-        """
+        """`[P]` scores of both sides: sum over environment steps, or mean times `C` (half a chunk weighs half a whole one)."""
         inner = self.accelerator.unwrap_model(model)
         given = policy, batch["inputs"], batch["trace"], batch["mask"], centered
         decisions = forward_once(model, inner, self._score_steps, *given).float()
