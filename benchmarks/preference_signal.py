@@ -36,7 +36,7 @@ from trl_stare.trainers.stage_dpo_config import SUMMED
 logger = logging.getLogger("preference_signal")
 
 SUCCESS = "success"
-"""The reference: each episode's success less the mean of the others from its start, for all of its decisions."""
+"""The reference: each episode's success less the mean of the others from its start, for all of its steps."""
 OBJECTIVES: dict[str, dict[str, str]] = {
     "tpo-mean": {"objective": "tpo-mean"},
     "tpo-sum": {"objective": "tpo-sum"},
@@ -49,7 +49,7 @@ OBJECTIVES: dict[str, dict[str, str]] = {
 
 
 def success_weights(episodes: Sequence[Trajectory]) -> list[Tensor]:
-    """What each decision of each episode counts in the gradient of success: `success - mean of the others' from its start`.
+    """What each environment step of each episode counts in the gradient of success: `success - mean of the others' from its start`.
 
     Example: of one start, one of three episodes succeeds: 1, -1/2, -1/2. An episode without others: 0.
     """
@@ -60,25 +60,24 @@ def success_weights(episodes: Sequence[Trajectory]) -> list[Tensor]:
     for episode in episodes:
         own, found = float(episode.success_once), by_seed[episode.seed]
         others = (sum(found) - own) / (len(found) - 1) if len(found) > 1 else own
-        weights.append(torch.full((len(episode.starts),), own - others))
+        weights.append(torch.full((episode.num_steps,), own - others))
     return weights
 
 
 def pair_weights(
     episodes: Sequence[Trajectory], plan: StagePlan, options: Mapping[str, str]
 ) -> tuple[list[Tensor], int]:
-    """What each decision counts in the first gradient of a preference loss, and of how many pairs.
+    """What each environment step counts in the first gradient of a preference loss, and of how many pairs.
 
-    Each pair adds 1 to the decisions of its chosen side and -1 to those of its rejected side, over their number where a side has the
-    mean of its decisions.
+    Each pair adds 1 to the steps of its chosen side and -1 to those of its rejected side, over their number where a side has the
+    mean of its steps (less the trainer's factor `C`, which is the same for all).
     """
-    weights = [torch.zeros(len(episode.starts)) for episode in episodes]
+    weights = [torch.zeros(episode.num_steps) for episode in episodes]
     pairs = build_pairs(episodes, plan, min_cost_gap=float("inf"), **options).pairs
     for pair in pairs:
         for sign, side in ((1.0, "chosen"), (-1.0, "rejected")):
-            index = getattr(pair, side)
-            decisions = episodes[index].decisions_in(getattr(pair, f"{side}_start"), getattr(pair, f"{side}_stop"))
-            weights[index][decisions] += sign / (1 if options["objective"] in SUMMED else len(decisions))
+            index, start, stop = (getattr(pair, f"{side}{end}") for end in ("", "_start", "_stop"))
+            weights[index][start:stop] += sign / (1 if options["objective"] in SUMMED else stop - start)
     return weights, len(pairs)
 
 
@@ -90,19 +89,22 @@ def gradients(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> Tensor:
-    """`sum_d w_d grad log pi(a_d | s_d)` for every `w` `[M]` of `weights`, over all decisions, an episode: `[len(weights), D]`.
+    """`sum_t w_t grad log pi(a_t | s_t)` for every `w` `[T]` of `weights`, over all environment steps, an episode: `[len(weights), D]`.
 
-    With `entropy` one row more: of the sum of all decisions' entropies.
+    With `entropy` one row more: of the sum of all steps' entropies.
     """
     parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     found = torch.zeros(len(weights) + entropy, sum(parameter.numel() for parameter in parameters))
     inputs, trace = policy.prepare(observations(episodes)), torch.cat([episode.trace for episode in episodes])
     mask = torch.cat([executed_tokens(episode, trace.shape[1], policy.chunk_size) for episode in episodes])
+    taken = mask.unflatten(1, (policy.chunk_size, -1)).all(dim=-1)
+    # which of all environment steps each one of a chunk was
+    step = (taken.flatten().cumsum(0) - 1).view_as(taken)
     for rows in torch.arange(len(trace)).split(ROWS):
         seen = {name: value[rows] for name, value in inputs.items()}
         evaluation = policy.evaluate(seen, trace[rows], temperature=temperature)
-        logps = (evaluation.logps * mask[rows]).sum(dim=1)
-        sums = [logps @ weight[rows] for weight in weights]
+        logps = evaluation.logps.unflatten(1, (policy.chunk_size, -1)).sum(dim=-1)[taken[rows]]
+        sums = [logps @ weight[step[rows][taken[rows]]] for weight in weights]
         sums += [(evaluation.entropies * mask[rows]).sum()] if entropy else []
         for index, value in enumerate(sums):
             last = index == len(sums) - 1

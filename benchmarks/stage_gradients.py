@@ -4,7 +4,7 @@
         --rollouts ROLLOUTS --output_dir outputs/stage_gradients
 
 `ROLLOUTS` are episodes of that checkpoint, sampled at that temperature. Each stage has the first gradient of StA-TPO on all that passed
-it against all that failed in it, `whole` that of TPO on successes against failures, both a mean over a side's decisions, and `sharper` is
+it against all that failed in it, `whole` that of TPO on successes against failures, both a mean over a side's environment steps, and `sharper` is
 the gradient that lowers the entropy of every decision and knows nothing of outcomes. A cosine is taken between gradients of different
 groups of starts and corrected for their noise, so that equal directions have 1 however few episodes there are; +- is one standard error.
 """
@@ -32,42 +32,41 @@ logger = logging.getLogger("stage_gradients")
 WHOLE, SHARPER = "whole", "sharper"
 
 
-def contrast(sides: Sequence[tuple[Tensor, bool] | None], sizes: Sequence[int]) -> list[Tensor]:
-    """What each decision of each episode counts in the mean of those that passed less the mean of those that failed.
+def contrast(sides: Sequence[tuple[slice, bool] | None], sizes: Sequence[int]) -> list[Tensor]:
+    """What each environment step of each episode counts in the mean of those that passed less the mean of those that failed.
 
     Args:
-        sides (`Sequence`): of each episode the decisions that are compared, and whether it passed; `None`: it takes no part.
-        sizes (`Sequence[int]`): how many decisions each episode has.
+        sides (`Sequence`): of each episode the steps that are compared, and whether it passed; `None`: it takes no part.
+        sizes (`Sequence[int]`): how many steps each episode has.
 
     Where all passed, or none, there is nothing to compare, and all is 0.
 
-    Example: two decisions of an episode that passed, one each of two that failed: 1/2, 1/2; -1/2; -1/2.
+    Example: two steps of an episode that passed, one each of two that failed: 1/2, 1/2; -1/2; -1/2.
     """
     counts = {passed: sum(side is not None and side[1] is passed for side in sides) for passed in (True, False)}
     weights = [torch.zeros(size) for size in sizes]
     for weight, side in zip(weights, sides, strict=True):
         if side is not None and all(counts.values()):
-            decisions, passed = side
-            weight[decisions] = (1.0 if passed else -1.0) / (counts[passed] * len(decisions))
+            steps, passed = side
+            weight[steps] = (1.0 if passed else -1.0) / (counts[passed] * (steps.stop - steps.start))
     return weights
 
 
 def contrasts(episodes: Sequence[Trajectory], plan: StagePlan) -> dict[str, Tensor]:
-    """`whole` and every stage -> what each decision of all episodes counts, `[M]`."""
-    sizes = [len(episode.starts) for episode in episodes]
+    """`whole` and every stage -> what each environment step of all episodes counts, `[T]`."""
+    sizes = [episode.num_steps for episode in episodes]
     cuts = [segment(plan, episode.signals) for episode in episodes]
-    sides = {WHOLE: [(torch.arange(size), e.success_once) for e, size in zip(episodes, sizes, strict=True)]}
+    sides = {WHOLE: [(slice(0, size), e.success_once) for e, size in zip(episodes, sizes, strict=True)]}
     for stage, name in enumerate(plan.names):
-        sides[name] = [_side(episode, parts, stage) for episode, parts in zip(episodes, cuts, strict=True)]
+        sides[name] = [_side(parts, stage) for parts in cuts]
     return {name: torch.cat(contrast(of, sizes)) for name, of in sides.items()}
 
 
-def _side(episode: Trajectory, parts: Sequence[Segment], stage: int) -> tuple[Tensor, bool] | None:
-    """The decisions of a stage and whether it was passed; `None` if it was not reached or passed without a decision."""
-    if len(parts) <= stage:
+def _side(parts: Sequence[Segment], stage: int) -> tuple[slice, bool] | None:
+    """The steps of a stage and whether it was passed; `None` if it was not reached or passed without a step."""
+    if len(parts) <= stage or parts[stage].start == parts[stage].stop:
         return None
-    decisions = episode.decisions_in(parts[stage].start, parts[stage].stop)
-    return (decisions, parts[stage].passed) if len(decisions) else None
+    return slice(parts[stage].start, parts[stage].stop), parts[stage].passed
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

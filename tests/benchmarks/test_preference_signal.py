@@ -20,7 +20,7 @@ from trl_stare.data import build_pairs, play, save_trajectories  # noqa: E402
 from trl_stare.losses import stage_preference_loss  # noqa: E402
 from trl_stare.stages import register_plan  # noqa: E402
 from trl_stare.stages.registry import _PLANS  # noqa: E402
-from trl_stare.trainers.ppo_batch import observations  # noqa: E402
+from trl_stare.trainers.ppo_batch import executed_tokens, observations  # noqa: E402
 from trl_stare.trainers.stage_dpo_config import SUMMED  # noqa: E402
 
 SOLVED = make_approach([1.0, 0.5, 0.2], True)  # Near [0, 1), Hit [1, 2)
@@ -44,25 +44,32 @@ def test_success_counts_against_the_others_of_its_start():
         ("sta-tpo-sum, later", [1.0, 1.0], [-1.0] * 4),
     ],
 )
-def test_what_a_pair_adds_to_its_decisions(name, solved, stuck):
+def test_what_a_pair_adds_to_its_steps(name, solved, stuck):
     weights, count = pair_weights([SOLVED, STUCK], PLAN, OBJECTIVES[name])
     assert [row.tolist() for row in weights] == [solved, stuck] and count == 1 + name.endswith("later")
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3])
 @pytest.mark.parametrize("name", ["tpo-mean", "tpo-sum", "sta-tpo", "sta-tpo-sum"])
-def test_the_gradient_is_that_of_the_loss_at_its_beginning(name):
+def test_the_gradient_is_that_of_the_loss_at_its_beginning(name, chunk_size):
     """Of `P` pairs of `N` episodes: `-2 P / N` times it, as the sigmoid of no margin is a half, the loss a mean over pairs."""
-    policy = make_policy()
+    policy = make_policy(chunk_size)
     policy.model.eval()
-    episodes = play(ToyEnv(), policy, [1] * 6, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    episodes = play(
+        ToyEnv(chunk_size=chunk_size), policy, [1] * 12, temperature=1.0, generator=torch.Generator().manual_seed(0)
+    )
     weights, count = pair_weights(episodes, PLAN, OBJECTIVES[name])
     (found,) = gradients(policy, episodes, [torch.cat(weights)])
-    scores = [policy.evaluate(policy.prepare(observations([e])), e.trace).logps.sum(dim=1) for e in episodes]
+    # one token a step
+    scores = [
+        policy.evaluate(policy.prepare(observations([e])), e.trace).logps[executed_tokens(e, chunk_size, chunk_size)]
+        for e in episodes
+    ]
     sides = {"chosen": [], "rejected": []}
     for pair in build_pairs(episodes, PLAN, min_cost_gap=float("inf"), objective=name).pairs:
         for side, of in sides.items():
             index, start, stop = (getattr(pair, f"{side}{end}") for end in ("", "_start", "_stop"))
-            steps = scores[index][episodes[index].decisions_in(start, stop)]
+            steps = scores[index][start:stop]
             of.append(steps.sum() if name in SUMMED else steps.mean())
     chosen, rejected = (torch.stack(of) for of in sides.values())
     costs = torch.zeros(count)

@@ -58,7 +58,7 @@ def test_the_last_gradient_is_of_the_entropy_and_all_are_taken_at_the_temperatur
     policy = make_policy()
     policy.model.eval()
     (episode,) = play(ToyEnv(), policy, [1], temperature=3.0, generator=torch.Generator().manual_seed(0))
-    ones = torch.ones(len(episode.starts))
+    ones = torch.ones(episode.num_steps)
     found = gradients(policy, [episode], [ones], temperature=3.0, entropy=True)
     evaluation = policy.evaluate(policy.prepare(observations([episode])), episode.trace, temperature=3.0)
     assert found.shape[0] == 2 and not torch.allclose(found[0], gradients(policy, [episode], [ones])[0])
