@@ -20,9 +20,9 @@ WHOLE_TRAJECTORY = "trajectory"
 """Stage name of a pair that compares whole trajectories (TPO)."""
 
 STAGE_OBJECTIVES = ("sta-tpo", "sta-tpo-sum")
-"""Objectives that compare stages, by the mean or the sum of a side's decisions."""
+"""Objectives that compare stages, by the mean or the sum of a side's steps."""
 WHOLE_OBJECTIVES = ("tpo-mean", "tpo-sum")
-"""Objectives that compare whole trajectories, by the mean or the sum (GRAPE) of a side's decisions."""
+"""Objectives that compare whole trajectories, by the mean or the sum (GRAPE) of a side's steps."""
 OBJECTIVES = (*STAGE_OBJECTIVES, *WHOLE_OBJECTIVES)
 
 BOTH_PASSED = ("cost", "later")

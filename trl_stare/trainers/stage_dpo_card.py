@@ -14,9 +14,9 @@ from trl_stare.trainers.stage_dpo_config import StageDPOConfig
 
 METHODS = {
     "sta-tpo": "StA-TPO, which compares them stage by stage",
-    "sta-tpo-sum": "StA-TPO, which compares them stage by stage, by the sum over decisions",
-    "tpo-mean": "TPO, which compares them whole, by the mean over decisions",
-    "tpo-sum": "TPO, which compares them whole, by the sum over decisions",
+    "sta-tpo-sum": "StA-TPO, which compares them stage by stage, by the sum over steps",
+    "tpo-mean": "TPO, which compares them whole, by the mean over steps",
+    "tpo-sum": "TPO, which compares them whole, by the sum over steps",
 }
 SETTINGS = (
     *("objective", "loss_type", "beta", "cost_coef", "margin_sign", "learning_rate", "lr_scheduler_type"),

@@ -14,7 +14,7 @@ from trl_stare.trainers._compat import start_deepspeed_on_cpu
 from trl_stare.trainers.processes import end_with_launcher
 
 SUMMED = ("sta-tpo-sum", "tpo-sum")
-"""Objectives whose side has the sum of its decisions' scores."""
+"""Objectives whose side has the sum of its steps' scores."""
 
 # Options of DPO that mean something for tokens of a text, or for its other losses, and would be ignored here.
 _UNUSED = {
@@ -35,10 +35,10 @@ class StageDPOConfig(DPOConfig):
 
     Args:
         objective (`str`, *optional*, defaults to `"sta-tpo"`):
-            `"sta-tpo"`: stage pairs, mean over the stage's decisions, as the paper has it. `"sta-tpo-sum"`: their sum, which
-            gives a decision the same weight in a short segment and in a long one. `"tpo-mean"`, `"tpo-sum"`: whole trajectories.
+            `"sta-tpo"`: stage pairs, mean over the stage's steps, as the paper has it. `"sta-tpo-sum"`: their sum, which
+            gives a step the same weight in a short segment and in a long one. `"tpo-mean"`, `"tpo-sum"`: whole trajectories.
         beta (`float`, *optional*, defaults to `1.0`):
-            Inverse temperature. With the mean over decisions 1.0 is about GRAPE's 0.1 on a sum of 8.
+            Inverse temperature. With the mean over steps, times the chunk's `C`, 1.0 is about GRAPE's 0.1 on a sum of 8.
         temperature (`float`, *optional*, defaults to `1.0`):
             At which the rollouts were sampled, and the policy is going to be: log-likelihoods of policy and reference are
             taken at it, as [`StagePPOConfig`] does. Pairs of actions that were sampled at 0.3 say what a policy at 0.3 should do.
@@ -59,7 +59,7 @@ class StageDPOConfig(DPOConfig):
         loss_type (`str` or `list[str]`, *optional*, defaults to `["sigmoid"]`):
             One of TRL's losses that are functions of one margin per pair: `"sigmoid"`, `"hinge"`, `"ipo"`, `"robust"`
             ([`~trl_stare.losses.margin_loss`]). TRL divides `ipo`'s scores by the number of tokens; here the objective
-            has divided them already, by the number of decisions, except where it sums.
+            has divided them already, by the number of steps, except where it sums.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Of `"robust"`: the probability that a preference is flipped, in [0, 0.5).
         ref_cache_dir (`str`, *optional*):
