@@ -21,7 +21,8 @@ from trl_stare.trainers import StagePPOConfig, StagePPOTrainer
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 OPTIONS = {
     "num_train_epochs": 4, "episodes_per_iteration": 10, "num_minibatches": 2, "num_ppo_epochs": 2, "use_cpu": True,
-    "learning_rate": 3e-3, "save_strategy": "epoch", "report_to": "none", "disable_tqdm": True, "logging_steps": 3,
+    "learning_rate": 3e-3, "save_strategy": "epoch", "save_total_limit": None, "report_to": "none",
+    "disable_tqdm": True, "logging_steps": 3,
 }  # fmt: skip
 
 
