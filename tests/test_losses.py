@@ -342,11 +342,10 @@ class TestCenteredScores:
             centered_scores(torch.zeros(4, 2, 3), torch.zeros(1, 2, 3), torch.zeros(4, 2).long())
 
     def test_of_some_tokens_they_are_those_of_these_alone(self):
-        g = torch.Generator().manual_seed(0)
-        logps, ref_logps = (torch.randn(5, 4, 3, generator=g).log_softmax(-1) for _ in range(2))
+        logps, ref_logps = torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
         trace, mask = torch.arange(20).view(5, 4) % 3, torch.tensor([True, False, True, False]).expand(5, 4)
-        some = centered_scores(logps[:, ::2], ref_logps[:, ::2], trace[:, ::2])
-        torch.testing.assert_close(centered_scores(logps, ref_logps, trace, mask), some)
+        some = (values[:, ::2] for values in (logps, ref_logps, trace))
+        torch.testing.assert_close(centered_scores(logps, ref_logps, trace, mask), centered_scores(*some))
 
 
 class TestMarginLoss:

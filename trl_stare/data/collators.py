@@ -217,7 +217,8 @@ class PreferenceCollator:
         - `stages` (`[P]` int64), `stage_names` (list of `P` strings), `chosen_cost`, `rejected_cost` (`[P]` float32),
           `ref_chosen_logps`, `ref_rejected_logps` (`[P]` float32, where the rows have them);
         - `side_ids` (`[S]` int64): whose each decision is, the chosen sides are `0 .. P-1`, the rejected `P .. 2P-1`;
-        - `trace` (`[S, L]` int64); `mask` (`[S, L]` bool): its entries that were executed in the segment; `inputs` (dict of `[S, ...]`): what `prepare` made of the observations.
+        - `trace` (`[S, L]` int64); `mask` (`[S, L]` bool): its entries that were executed in the segment;
+        - `inputs` (dict of `[S, ...]`): what `prepare` made of the observations.
 
     Example: 2 pairs with 1 and 2 chosen, 2 and 1 rejected decisions have `side_ids = [0, 1, 1, 2, 2, 3]`.
     """

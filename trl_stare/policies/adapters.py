@@ -74,6 +74,8 @@ def whole_checkpoint(
         checkpoint (`str` or `Path`): a folder or a Hub id. folder (`str` or `Path`): where what is merged is kept, written once.
         unnorm_key (`str`, *optional*), loading: for [`PretrainedPolicy.from_pretrained`]. revision (`str`, *optional*): on the Hub.
 
+    All processes must call, unless `checkpoint` is a folder of whole weights.
+
     Returns:
         `Path`: the checkpoint's own folder, its download, or `folder`.
 
@@ -81,6 +83,8 @@ def whole_checkpoint(
         ValueError: of an adapter under ZeRO-3, where no process has all weights.
     """
     folder = Path(folder)
+    if Path(checkpoint).is_dir() and find_adapter_config_file(checkpoint) is None:
+        return Path(checkpoint)  # without waiting: one process may ask alone
     with PartialState().local_main_process_first():
         if not Path(checkpoint).is_dir():
             checkpoint = snapshot_download(str(checkpoint), revision=revision)

@@ -107,9 +107,9 @@ class RolloutBoundaries(TrainerCallback):
 class UpdateGuard(TrainerCallback):
     """Skips updates whose loss or gradient is not finite, in all processes alike, and ends the run after too many in a row.
 
-    Without a gradient an optimizer leaves a parameter and its moments alone: so also the policy's while it is held, of whose updates
-    Adam would else count those with a gradient of 0, and make its first real steps too large. DeepSpeed updates within `backward`: there the update
-    is not skipped, only counted.
+    Without a gradient an optimizer leaves a parameter and its moments alone: so also the policy's while it is held, as Adam would
+    count updates with a gradient of 0 and make the first real steps too large. DeepSpeed updates within `backward`: there the
+    update is not skipped, only counted.
 
     Args:
         trainer ([`StagePPOTrainer`]): whose run it is.
