@@ -10,7 +10,8 @@ All data are checked before anything else is done. Episodes stay on disk; the ro
 
 `ddp.yaml`, `fsdp.yaml`, `zero2.yaml` and `zero3.yaml` with `--num_processes N` train on N GPUs, or on a CPU in N processes. Every field of
 `StageDPOConfig` is a flag (`--loss_type ipo --objective tpo-mean`), or a line of a file given as `--config FILE`; LoRA is
-`--use_peft --lora_target_modules q_proj v_proj`; an adapter that `--model` brings along is first merged, into `OUTPUT_DIR/base`. The same command with the same `--output_dir` continues where it stopped.
+`--use_peft --lora_target_modules q_proj v_proj`; an adapter that `--model` brings along is first merged, into `OUTPUT_DIR/base`.
+The same command with the same `--output_dir` continues where it stopped.
 """
 
 import logging

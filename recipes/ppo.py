@@ -154,8 +154,7 @@ def report(args: PPOArguments, config: StagePPOConfig, trainer: StagePPOTrainer)
     policy.model.eval().to(trainer.args.device)
     result, episodes = evaluate(
         policy, env, trainer.plan, trainer.eval_dataset["seed"],
-        temperature=config.temperature if config.eval_temperature is None else config.eval_temperature,
-        seed=config.seed, train_seeds=trainer.train_dataset["seed"],
+        temperature=config.evaluation_temperature, seed=config.seed, train_seeds=trainer.train_dataset["seed"],
     )  # fmt: skip
     wall_s = trainer.state.log_history[-1].get("train_runtime", 0.0)
     write_episodes(folder / "evaluation.jsonl", episodes)

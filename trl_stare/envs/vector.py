@@ -44,8 +44,7 @@ def make_env(
         task (`str`): a registered name, e.g. `"StackCube-v1"`.
         num_envs (`int`): `N`.
         num_workers (`int`, *optional*): processes that share the environments; default one per core on the CPU (at most
-            `num_envs`). 0 keeps them in this process, and is all that CUDA allows, where ManiSkill's GPU simulation is used: where
-            more are asked for, the default device is the CPU.
+            `num_envs`). 0 keeps them in this process, all that CUDA (ManiSkill's GPU simulation) allows: with more `device` is the CPU.
         chunk_size (`int`): `C`, environment steps per decision.
         image_size (`int`, *optional*): height and width of the images, pixels. Default is the task's own: 64 for the Panda's,
             480 x 640 for SimplerEnv's. Square images of the latter are the whole picture, squashed, as OpenVLA's are.

@@ -240,6 +240,11 @@ class StagePPOConfig(_BaseConfig):
                 raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
 
     @property
+    def evaluation_temperature(self) -> float:
+        """Sampling temperature of an evaluation: `eval_temperature`, or that of rollouts."""
+        return self.temperature if self.eval_temperature is None else self.eval_temperature
+
+    @property
     def updates_per_iteration(self) -> int:
         """Optimizer steps of one PPO iteration."""
         return -(-self.num_ppo_epochs * self.num_minibatches // self.gradient_accumulation_steps)

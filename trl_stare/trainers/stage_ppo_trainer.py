@@ -293,7 +293,7 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         with self.accelerator.autocast(), whole_weights(self.model_wrapped, self.accelerator):
             act = policy_actor(
                 self.policy,
-                temperature=args.temperature if args.eval_temperature is None else args.eval_temperature,
+                temperature=args.evaluation_temperature,
                 generator=torch.Generator().manual_seed(args.seed),
             )
             starts = list(dataset["seed"])[args.process_index :: args.world_size]
