@@ -3,49 +3,55 @@
     python recipes/compare.py outputs/eval/imitation outputs/eval/interaction
     python recipes/compare.py outputs/eval/a outputs/eval/b --allow temperature --output outputs/eval/a_b.md
     python recipes/compare.py outputs/eval/ppo-{0,1,2} --with outputs/eval/sta_ppo-{0,1,2}
+    python recipes/compare.py outputs/robust/imitation outputs/robust/interaction
 
 All folders are written by recipes/evaluate.py. What differs besides the policy is refused, unless you allow it by name.
-The last line compares two methods rather than two checkpoints: the k-th training run of one with the k-th of the other.
+The third line compares two methods rather than two checkpoints: the k-th training run of one with the k-th of the other. In the
+last the folders are of `evaluate.py --variations`: which policy is the better one under each variation.
 """
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trl_stare.evaluation import (
     CONDITIONS,
     Comparison,
+    Evaluation,
     check_comparable,
     compare,
     compare_runs,
+    compare_varied,
     comparison_table,
-    read_eval_info,
-    read_played,
+    played_variations,
     runs_table,
 )
 
 logger = logging.getLogger("compare")
 
+Evaluations = Mapping[str, Evaluation]
+"""What a folder holds: variation -> its evaluation, or `""` -> the only one."""
+
 
 def main(args: argparse.Namespace) -> None:
     """Check, pair, tell."""
     folders = list(zip(args.a, args.b, strict=True))
-    lines, first, runs, known = [], read_eval_info(args.a[0]), [], []
+    lines, first, runs, known = [], load(args.a[0]), [], []
     for pair in folders:
-        infos = [read_eval_info(folder) for folder in pair]
-        known.append([_weights(folder, info) for folder, info in zip(pair, infos, strict=True)])
+        loaded = [load(folder) for folder in pair]
+        known.append([_weights(*side) for side in zip(pair, loaded, strict=True)])
         if known[-1] in known[:-1]:
             raise ValueError(
                 f"`--with` must give training runs that differ, got the weights of {' and '.join(pair)} twice: "
                 "one run counted again would only seem to make the mean surer. Give each pair of runs once."
             )
-        for side, folder, info in zip("AB", pair, infos, strict=True):
-            lines.append(f"- {side}: {info['policy']['name']} ({folder})")
-        allowed = [sentence for info in infos for sentence in check_comparable(first, info, allow=args.allow)]
+        for side, folder, evaluations in zip("AB", pair, loaded, strict=True):
+            lines.append(f"- {side}: {_any(evaluations).info['policy']['name']} ({folder})")
+        allowed = [sentence for side in loaded for sentence in _differences(first, side, args.allow)]
         lines += [f"- allowed to differ: {sentence}" for sentence in allowed]
-        runs.append(_compare(pair, infos))
+        runs.append(_compare(*loaded, together=len(folders) > 1))
     table = comparison_table(runs[0]) if len(runs) == 1 else runs_table(compare_runs(runs))
     text = "\n".join(lines) + "\n\n" + table
     if args.output:
@@ -53,23 +59,42 @@ def main(args: argparse.Namespace) -> None:
     logger.info("%s", text)
 
 
-def _weights(folder: str, info: dict) -> Any:
+def load(folder: str) -> Evaluations:
+    """Every evaluation in `folder`."""
+    return {name: Evaluation.load(Path(folder, name)) for name in played_variations(folder) or ("",)}
+
+
+def _any(evaluations: Evaluations) -> Evaluation:
+    """One of them, where it does not matter which."""
+    return next(iter(evaluations.values()))
+
+
+def _weights(folder: str, evaluations: Evaluations) -> Any:
     """What tells a training run from others: its files, or the folder of an evaluation of a demonstrator or chance, which have none."""
-    return info["policy"]["files"] or Path(folder).resolve()
+    return _any(evaluations).info["policy"]["files"] or Path(folder).resolve()
 
 
-def _compare(folders: Sequence[str], infos: Sequence[dict]) -> dict[str, list[Comparison]]:
-    """Two evaluations."""
+def _differences(a: Evaluations, b: Evaluations, allow: Sequence[str]) -> list[str]:
+    """What besides the policy differs, and may."""
+    if a.keys() != b.keys():
+        raise ValueError(
+            f"`A` and `B` must be of the same variations, got {sorted(a)} and {sorted(b)}. Evaluate both with the same "
+            "`--variations`, or compare the folders of one: outputs/robust/camera/shift."
+        )
+    found = [check_comparable(a[name].info, b[name].info, allow=allow) for name in a]
+    return list(dict.fromkeys(sentence for sentences in found for sentence in sentences))
+
+
+def _compare(a: Evaluations, b: Evaluations, *, together: bool) -> dict[str, list[Comparison]]:
+    """Two policies."""
+    rules = tuple(_any(side).info["settings"]["success_rule"] for side in (a, b))
     rows = [
-        [
-            row
-            for task in info["per_task"]
-            for row in read_played(Path(folder) / "episodes" / f"{task['task']}.parquet")
-        ]
-        for folder, info in zip(folders, infos, strict=True)
+        {name: [row for task in e.episodes.values() for row in task] for name, e in side.items()} for side in (a, b)
     ]
-    stages = {task["task"]: tuple(task["metrics"]["stages"]) for task in infos[0]["per_task"]}
-    return compare(*rows, stages, rules=tuple(info["settings"]["success_rule"] for info in infos))
+    if "" not in a:
+        return compare_varied(*rows, rules=rules, together=together)
+    stages = {task["task"]: tuple(task["metrics"]["stages"]) for task in a[""].info["per_task"]}
+    return compare(rows[0][""], rows[1][""], stages, rules=rules)
 
 
 def parse() -> argparse.Namespace:

@@ -9,8 +9,10 @@ from PIL import Image
 
 from trl_stare.evaluation import (
     PlayedEpisode,
+    compare_varied,
     holm,
     measure_robustness,
+    played_variations,
     plot_variations,
     read_played,
     robustness_table,
@@ -77,6 +79,40 @@ def test_tasks_by_themselves_and_together(tmp_path):
     )
     with pytest.raises(ValueError, match="at least one variation"):
         measure_robustness(nominal, {}, rule="success_once")
+
+
+def test_two_policies_under_each_variation():
+    a = {"nominal": rows("1111"), "camera/shift": rows("1000"), "light/dim": rows("v100")}
+    b = {"nominal": rows("1111"), "camera/shift": rows("1110"), "light/dim": rows("1110")}
+    found = {name: (c.a.k, c.b.k, c.a.n, c.test.b_only, c.test.a_only) for name, (c,) in compare_varied(a, b).items()}
+    assert found == {"nominal": (4, 4, 4, 0, 0), "camera/shift": (1, 3, 4, 2, 0), "light/dim": (1, 2, 3, 1, 0)}
+    (pooled,) = compare_varied(a, b, together=True)["all variations"]
+    assert (pooled.a.k, pooled.b.k, pooled.a.n) == (2, 5, 7), "the nominal task is none of them"
+    at_end = compare_varied(a, {name: rows("ee00") for name in a}, rules=("success_at_end", "success_at_end"))
+    assert [(c.what, c.a.k, c.b.k) for (c,) in at_end.values()] == [
+        ("success_at_end", 0, 2),
+        ("success_at_end", 0, 2),
+        ("success_at_end", 0, 1),
+    ]
+    with pytest.raises(ValueError, match=r"same variations, got \['camera/shift', .* and \['nominal'\]"):
+        compare_varied(a, {"nominal": b["nominal"]})
+
+
+def test_several_tasks_count_together_under_a_variation():
+    a = {"light/dim": rows("10") + rows("00", task="PullCube-v1")}
+    b = {"light/dim": rows("11") + rows("01", task="PullCube-v1")}
+    found = compare_varied(a, b, together=True)
+    assert list(found) == ["light/dim"], "one variation is all of them"
+    assert [(c.a.k, c.b.k, c.a.n) for c in found["light/dim"]] == [(1, 3, 4)]
+
+
+def test_a_folder_knows_its_variations(tmp_path):
+    assert played_variations(tmp_path) == ()
+    varied = {"light/dim": rows("10"), "camera/shift": rows("01")}
+    write_robustness(
+        tmp_path, measure_robustness(rows("11"), varied, rule="success_once"), rule="success_once", what=WHAT
+    )
+    assert played_variations(tmp_path) == ("nominal", "light/dim", "camera/shift")
 
 
 def test_rows_say_what_was_varied_and_old_ones_were_nominal(tmp_path):

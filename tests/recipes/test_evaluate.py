@@ -167,6 +167,12 @@ def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_p
 
     with pytest.raises(ValueError, match="got other variation: .*nominal.*action/latency"):
         run_script("recipes/compare.py", *folders)
+    with pytest.raises(ValueError, match=r"same variations, got \['action/latency', 'nominal'\] and \[''\]"):
+        run_script("recipes/compare.py", tmp_path, folders[0])
+    run_script("recipes/compare.py", tmp_path, tmp_path, "--output", tmp_path / "compared.md")
+    lines = (tmp_path / "compared.md").read_text().splitlines()
+    compared = [line.split(" | ")[:3] for line in lines if line.startswith("| ")]
+    assert compared[2:] == [["| nominal", "success_once", "2"], ["| action/latency", "success_once", "2"]]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ from trl_stare.evaluation.provenance import PolicySource, file_digests, resolve_
 from trl_stare.evaluation.records import EpisodeResult, PhaseResult, paired, read_episodes, write_episodes
 from trl_stare.evaluation.report import build_results, package_versions, read_results, write_report, write_results
 from trl_stare.evaluation.robustness import (
+    compare_varied,
     measure_robustness,
+    played_variations,
     plot_variations,
     robustness_info,
     robustness_table,
@@ -80,6 +82,7 @@ __all__ = [
     "can_film",
     "compare",
     "compare_runs",
+    "compare_varied",
     "comparison_table",
     "distinct_names",
     "episodes_needed",
@@ -102,6 +105,7 @@ __all__ = [
     "phase_order",
     "phase_turn",
     "play_in_blocks",
+    "played_variations",
     "plot_report",
     "plot_timelines",
     "plot_variations",

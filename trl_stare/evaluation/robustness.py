@@ -1,10 +1,12 @@
-"""What one change of a task at a time costs a policy: every variation against the nominal task, paired on identical starts."""
+"""What one change of a task at a time costs a policy, and which of two policies bears it better, paired on identical starts."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from trl_stare.evaluation.records import write_atomically
 from trl_stare.evaluation.report import compact_json, markdown_table
 from trl_stare.evaluation.statistics import holm
 from trl_stare.interfaces import NOMINAL
+
+FILE = "robustness.json"
+"""In the folder of `evaluate.py --variations`, written when all variations are played."""
 
 Robustness = Mapping[str, Mapping[str, Comparison]]
 """Task (or `"all tasks"`) -> variation -> nominal (`a`) against varied (`b`)."""
@@ -100,8 +105,50 @@ def robustness_table(found: Robustness, *, rule: str, what: Mapping[str, str]) -
 def write_robustness(folder: str | os.PathLike, found: Robustness, *, rule: str, what: Mapping[str, str]) -> None:
     """Write `robustness.json` and `robustness.md` into `folder`, each all or nothing."""
     info = robustness_info(found, rule=rule, what=what)
-    write_atomically(Path(folder) / "robustness.json", compact_json(info) + "\n")
+    write_atomically(Path(folder) / FILE, compact_json(info) + "\n")
     write_atomically(Path(folder) / "robustness.md", robustness_table(found, rule=rule, what=what) + "\n")
+
+
+def played_variations(folder: str | os.PathLike) -> tuple[str, ...]:
+    """`"nominal"` and the variations that [`write_robustness`] summed up in `folder`; none in that of a single evaluation."""
+    file = Path(folder) / FILE
+    if not file.is_file():
+        return ()
+    per_task = json.loads(file.read_text(encoding="utf-8"))["per_task"]
+    return NOMINAL, *dict.fromkeys(name for variations in per_task.values() for name in variations)
+
+
+def compare_varied(
+    a: Mapping[str, Sequence[PlayedEpisode]],
+    b: Mapping[str, Sequence[PlayedEpisode]],
+    *,
+    rules: tuple[str, str] = ("success_once", "success_once"),
+    together: bool = False,
+) -> dict[str, list[Comparison]]:
+    """Compare the success of two policies under each variation, all tasks together.
+
+    Args:
+        a (`Mapping`), b (`Mapping`): variation -> its rows.
+        rules (`tuple[str, str]`): when an episode of `a` and of `b` counts as solved.
+        together (`bool`): put `"all variations"` first, without the nominal task. It is meant for [`compare_runs`]: one start
+            comes again under each variation, so that p and interval of a single comparison would count it for several.
+
+    Raises:
+        ValueError: if they are of other variations, or one has no start in common.
+    """
+    if a.keys() != b.keys():
+        raise ValueError(f"`a` and `b` must be of the same variations, got {sorted(a)} and {sorted(b)}.")
+    found = {name: [_success(a[name], b[name], rules)] for name in a}
+    varied = [name for name in a if name != NOMINAL]
+    if not together or len(varied) < 2:
+        return found
+    mixed = ([replace(row, task=f"{row.task} {name}") for name in varied for row in side[name]] for side in (a, b))
+    return {"all variations": [_success(*mixed, rules)], **found}
+
+
+def _success(a: Sequence[PlayedEpisode], b: Sequence[PlayedEpisode], rules: tuple[str, str]) -> Comparison:
+    found = compare(a, b, {row.task: () for row in a}, rules=rules)
+    return next(iter(found.values()))[0]  # of all tasks, if there are several
 
 
 def plot_variations(images: Mapping[str, np.ndarray], path: str | os.PathLike, *, columns: int = 5) -> None:
