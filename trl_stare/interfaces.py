@@ -31,6 +31,22 @@ NOMINAL = "nominal"
 """What the `metadata` of a [`VectorEnv`] and results say of a task that was played as it is, without a variation."""
 
 
+def token_steps(num_tokens: int, chunk_size: int) -> Tensor:
+    """`[L]` int64: which environment step of its chunk each entry of a trace belongs to.
+
+    Args:
+        num_tokens (`int`): `L`. chunk_size (`int`): `C`.
+
+    Raises:
+        ValueError: if the steps cannot have equally many entries.
+
+    Example: `token_steps(6, 3)` is `[0, 0, 1, 1, 2, 2]`.
+    """
+    if num_tokens % chunk_size:
+        raise ValueError(f"`num_tokens` must be a multiple of the {chunk_size} steps of a chunk, got {num_tokens}.")
+    return torch.arange(chunk_size).repeat_interleave(num_tokens // chunk_size)
+
+
 class Observation(NamedTuple):
     """What a policy may see.
 

@@ -20,7 +20,7 @@ from trl_stare.data.pairs import StagePair
 from trl_stare.data.parquet import to_table
 from trl_stare.data.schema import image_cell
 from trl_stare.data.trajectory import Trajectory
-from trl_stare.interfaces import Observation, VLAPolicy
+from trl_stare.interfaces import Observation, VLAPolicy, token_steps
 
 SIDES = ("chosen", "rejected")
 ROWS_PER_TABLE = 64
@@ -254,5 +254,5 @@ class PreferenceCollator:
 
     def _mask(self, taken: Tensor, num_tokens: int) -> Tensor:
         """`[S, L]` bool: the tokens of the steps in `taken` `[S, 2]`."""
-        step = torch.arange(num_tokens) * self.chunk_size // num_tokens
+        step = token_steps(num_tokens, self.chunk_size)
         return (step >= taken[:, :1]) & (step < taken[:, 1:])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trl_stare.data.folder import TrajectoryFolder
 from trl_stare.data.trajectory import Trajectory
-from trl_stare.interfaces import Observation
+from trl_stare.interfaces import Observation, token_steps
 from trl_stare.stages import StagePlan, segment, stage_per_step
 
 
@@ -79,7 +79,7 @@ class DemonstrationCollator:
         chunks = [self._chunk(trajectory, int(trajectory.starts[decision])) for trajectory, decision in chosen]
         trace = self.encode(torch.stack([labels for labels, _ in chunks]))
         valid = torch.stack([valid for _, valid in chunks])
-        mask = valid.repeat_interleave(trace.shape[1] // self.chunk_size, dim=1)
+        mask = valid[:, token_steps(trace.shape[1], self.chunk_size)]
         weight = torch.tensor([row["weight"] for row in rows])
         return {**self.prepare(obs), "trace": trace, "mask": mask, "weight": weight}
 

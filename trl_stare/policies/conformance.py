@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_stare.interfaces import Observation, VLAPolicy
+from trl_stare.interfaces import Observation, VLAPolicy, token_steps
 
 _LONG, _SHORT = "put the carrot on the plate", "stack"
 
@@ -152,7 +152,7 @@ class PolicyConformance:
             logps = policy.evaluate(inputs, sample.trace, temperature=temperature).logps
             torch.testing.assert_close(scored, logps.sum(-1) if self.acts_in_tokens else score, atol=1e-4, rtol=0)
         assert torch.equal(score, policy.score(inputs, sample.trace)) and (score < 0).all()
-        step = torch.arange(sample.trace.shape[1]) * policy.chunk_size // sample.trace.shape[1]
+        step = token_steps(sample.trace.shape[1], policy.chunk_size)
         masks = [(step == index).expand_as(sample.trace) for index in range(policy.chunk_size)]
         parts = [policy.score(inputs, sample.trace, mask=mask) for mask in masks]
         torch.testing.assert_close(torch.stack(parts).sum(0), score, atol=1e-3, rtol=1e-4)

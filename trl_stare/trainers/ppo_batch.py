@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_stare.data.trajectory import Trajectory
-from trl_stare.interfaces import Observation, VectorEnv, VLAPolicy
+from trl_stare.interfaces import Observation, VectorEnv, VLAPolicy, token_steps
 from trl_stare.losses import gae
 from trl_stare.stages import StagePlan, shaped_reward
 from trl_stare.trainers.actor_critic import SIMULATOR_CRITICS, simulator_features
@@ -88,8 +88,7 @@ def observations(trajectories: Sequence[Trajectory], final: bool = False) -> Obs
 
 def executed_tokens(trajectory: Trajectory, num_tokens: int, chunk_size: int) -> Tensor:
     """`[M, L]` bool: tokens of steps that were executed before the episode ended."""
-    per_step = num_tokens // chunk_size
-    return (torch.arange(num_tokens) // per_step)[None] < trajectory.bounds.diff()[:, None]
+    return token_steps(num_tokens, chunk_size)[None] < trajectory.bounds.diff()[:, None]
 
 
 def advantages_and_returns(
