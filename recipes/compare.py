@@ -49,8 +49,8 @@ def main(args: argparse.Namespace) -> None:
             )
         for side, folder, evaluations in zip("AB", pair, loaded, strict=True):
             lines.append(f"- {side}: {_any(evaluations).info['policy']['name']} ({folder})")
-        allowed = [sentence for side in loaded for sentence in _differences(first, side, args.allow)]
-        lines += [f"- allowed to differ: {sentence}" for sentence in allowed]
+        allowed = _differences(*loaded, args.allow) + _between_runs(first, loaded[0], args.allow)
+        lines += [f"- allowed to differ: {sentence}" for sentence in dict.fromkeys(allowed)]
         runs.append(_compare(*loaded, together=len(folders) > 1))
     table = comparison_table(runs[0]) if len(runs) == 1 else runs_table(compare_runs(runs))
     text = "\n".join(lines) + "\n\n" + table
@@ -81,8 +81,12 @@ def _differences(a: Evaluations, b: Evaluations, allow: Sequence[str]) -> list[s
             f"`A` and `B` must be of the same variations, got {sorted(a)} and {sorted(b)}. Evaluate both with the same "
             "`--variations`, or compare the folders of one: outputs/robust/camera/shift."
         )
-    found = [check_comparable(a[name].info, b[name].info, allow=allow) for name in a]
-    return list(dict.fromkeys(sentence for sentences in found for sentence in sentences))
+    return [sentence for name in a for sentence in check_comparable(a[name].info, b[name].info, allow=allow)]
+
+
+def _between_runs(first: Evaluations, other: Evaluations, allow: Sequence[str]) -> list[str]:
+    """The same for two training runs, each of which may have been evaluated on starts of its own."""
+    return [line for line in _differences(first, other, [*allow, "seeds"]) if not line.startswith("seeds: ")]
 
 
 def _compare(a: Evaluations, b: Evaluations, *, together: bool) -> dict[str, list[Comparison]]:

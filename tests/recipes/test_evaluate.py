@@ -78,6 +78,19 @@ def test_the_same_command_gives_the_same_bytes_and_no_difference(checkpoint, tmp
     written = (tmp_path / "runs.md").read_text()
     assert f"- A: {checkpoint} ({b})" in written and "not distinguishable over 2 training runs" in written
 
+    for folder in (a, b):  # a training run may have starts of its own, on which both methods are evaluated
+        other = shutil.copytree(folder, tmp_path / f"{folder.name}2")
+        info = json.loads((other / "eval_info.json").read_text())
+        info["policy"]["files"]["model.safetensors"] += " and of another seed"
+        info["per_task"][0]["metrics"]["eval_seeds"] = {"0": "0-3"}
+        (other / "eval_info.json").write_text(json.dumps(info))
+    run_script(
+        "recipes/compare.py", a, tmp_path / "a2", "--with", b, tmp_path / "b2", "--output", tmp_path / "runs.md"
+    )
+    assert "allowed to differ" not in (tmp_path / "runs.md").read_text()
+    with pytest.raises(ValueError, match="got other seeds: .*0-3"):
+        run_script("recipes/compare.py", a, tmp_path / "a2", "--with", b, b)
+
 
 def test_a_flow_policy_of_several_robots_is_evaluated_as_any_other(tmp_path, run_script):
     policy = create_tiny_pi0({TASK: {"action": QUANTILES}}, chunk_size=10, num_inference_steps=2)
