@@ -41,9 +41,10 @@ $(READY): requirements.lock setup.py .ci/setup.sh | vulkan
 ipi: setup
 	$(LAUNCH) recipes/ipi.py --config $(CONFIG) $(ARGS)
 
-# whole files to each process: their fixtures are simulators
+# whole files to each process: their fixtures are simulators; in their order, as the files with the fewest tests, which xdist would
+# leave for the end, are the longest
 test: setup
-	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
