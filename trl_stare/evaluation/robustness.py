@@ -146,11 +146,6 @@ def compare_varied(
     return {"all variations": [_success(*mixed, rules)], **found}
 
 
-def _success(a: Sequence[PlayedEpisode], b: Sequence[PlayedEpisode], rules: tuple[str, str]) -> Comparison:
-    found = compare(a, b, {row.task: () for row in a}, rules=rules)
-    return next(iter(found.values()))[0]  # of all tasks, if there are several
-
-
 def plot_variations(images: Mapping[str, np.ndarray], path: str | os.PathLike, *, columns: int = 5) -> None:
     """Draw pictures of the same moment side by side.
 
@@ -172,6 +167,11 @@ def plot_variations(images: Mapping[str, np.ndarray], path: str | os.PathLike, *
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # 256 colours: a third of the bytes, and no difference to the eye
     Image.open(drawn).convert("RGB").quantize(256).save(path, format="PNG", optimize=True)
+
+
+def _success(a: Sequence[PlayedEpisode], b: Sequence[PlayedEpisode], rules: tuple[str, str]) -> Comparison:
+    found = compare(a, b, {row.task: () for row in a}, rules=rules)
+    return next(iter(found.values()))[0]  # of all tasks, if there are several
 
 
 def _adjusted(variations: Mapping[str, Comparison]) -> list[float]:
