@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.reading import OPERATIONS, PLAN, Made, measure
+from benchmarks.reading import OPERATIONS, PLAN, Made, figures, measure, peak_mb
 from trl_stare.data import build_pairs, save_trajectories
 
 
@@ -19,6 +19,12 @@ def test_there_are_pairs_to_convert():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_it_is_measured(operation, folder, tmp_path):
-    figures = measure(operation, str(folder), str(tmp_path))
-    assert 0 < figures["seconds"] < 60 and figures["peak_mb"] > figures["added_mb"] >= 0
-    assert (figures.get("decision_ms", 0) > 0) == (operation == "imitate")
+    found = measure(operation, str(folder), str(tmp_path))
+    assert 0 < found["seconds"] < 60 and found["peak_mb"] > found["added_mb"] >= 0
+    assert (found.get("decision_ms", 0) > 0) == (operation == "imitate")
+
+
+def test_a_peak_is_never_below_an_earlier_one():
+    before = peak_mb() + 1  # what the kernel had not added up yet
+    found = figures(before, 0.0)
+    assert found["added_mb"] == 0 and found["peak_mb"] == before
