@@ -38,9 +38,10 @@ Evaluations = Mapping[str, Evaluation]
 def main(args: argparse.Namespace) -> None:
     """Check, pair, tell."""
     folders = list(zip(args.a, args.b, strict=True))
-    lines, first, runs, known = [], load(args.a[0]), [], []
+    lines, first, runs, known = [], None, [], []
     for pair in folders:
         loaded = [load(folder) for folder in pair]
+        first = first or loaded[0]
         known.append([_weights(*side) for side in zip(pair, loaded, strict=True)])
         if known[-1] in known[:-1]:
             raise ValueError(
@@ -49,7 +50,8 @@ def main(args: argparse.Namespace) -> None:
             )
         for side, folder, evaluations in zip("AB", pair, loaded, strict=True):
             lines.append(f"- {side}: {_any(evaluations).info['policy']['name']} ({folder})")
-        allowed = _differences(*loaded, args.allow) + _between_runs(first, loaded[0], args.allow)
+        # a training run may have been evaluated on starts of its own, both methods on the same
+        allowed = _differences(*loaded, args.allow) + _differences(first, loaded[0], args.allow, free=("seeds",))
         lines += [f"- allowed to differ: {sentence}" for sentence in dict.fromkeys(allowed)]
         runs.append(_compare(*loaded, together=len(folders) > 1))
     table = comparison_table(runs[0]) if len(runs) == 1 else runs_table(compare_runs(runs))
@@ -74,19 +76,14 @@ def _weights(folder: str, evaluations: Evaluations) -> Any:
     return _any(evaluations).info["policy"]["files"] or Path(folder).resolve()
 
 
-def _differences(a: Evaluations, b: Evaluations, allow: Sequence[str]) -> list[str]:
+def _differences(a: Evaluations, b: Evaluations, allow: Sequence[str], free: Sequence[str] = ()) -> list[str]:
     """What besides the policy differs, and may."""
     if a.keys() != b.keys():
         raise ValueError(
             f"`A` and `B` must be of the same variations, got {sorted(a)} and {sorted(b)}. Evaluate both with the same "
             "`--variations`, or compare the folders of one: outputs/robust/camera/shift."
         )
-    return [sentence for name in a for sentence in check_comparable(a[name].info, b[name].info, allow=allow)]
-
-
-def _between_runs(first: Evaluations, other: Evaluations, allow: Sequence[str]) -> list[str]:
-    """The same for two training runs, each of which may have been evaluated on starts of its own."""
-    return [line for line in _differences(first, other, [*allow, "seeds"]) if not line.startswith("seeds: ")]
+    return [sentence for name in a for sentence in check_comparable(a[name].info, b[name].info, allow, free=free)]
 
 
 def _compare(a: Evaluations, b: Evaluations, *, together: bool) -> dict[str, list[Comparison]]:

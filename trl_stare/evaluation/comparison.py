@@ -108,12 +108,15 @@ def conditions(info: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], allow: Collection[str] = ()) -> list[str]:
+def check_comparable(
+    a: Mapping[str, Any], b: Mapping[str, Any], allow: Collection[str] = (), *, free: Collection[str] = ()
+) -> list[str]:
     """Refuse to compare evaluations that differ in more than the policy.
 
     Args:
         a (`Mapping`), b (`Mapping`): contents of two `eval_info.json`.
         allow (`Collection[str]`): of `CONDITIONS`, what may differ nevertheless.
+        free (`Collection[str]`): of `CONDITIONS`, what need not be the same, and is not told.
 
     Returns:
         `list[str]`: what differs and was allowed, a sentence each.
@@ -125,7 +128,9 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], allow: Collecti
         raise ValueError(f"`allow` must be among {', '.join(CONDITIONS)}, got {', '.join(sorted(unknown))}.")
     first, second = conditions(a), conditions(b)
     different = {
-        name: f"{name}: {first[name]} and {second[name]}" for name in CONDITIONS if first[name] != second[name]
+        name: f"{name}: {first[name]} and {second[name]}"
+        for name in CONDITIONS
+        if name not in free and first[name] != second[name]
     }
     if refused := [name for name in different if name not in allow]:
         raise ValueError(
