@@ -54,7 +54,8 @@ def main(args: argparse.Namespace) -> None:
         allowed = _differences(*loaded, args.allow) + _differences(first, loaded[0], args.allow, free=("seeds",))
         lines += [f"- allowed to differ: {sentence}" for sentence in dict.fromkeys(allowed)]
         runs.append(_compare(*loaded, together=len(folders) > 1))
-    table = comparison_table(runs[0]) if len(runs) == 1 else runs_table(compare_runs(runs))
+    names = "task" if "" in first else "variation"
+    table = comparison_table(runs[0], names=names) if len(runs) == 1 else runs_table(compare_runs(runs), names=names)
     text = "\n".join(lines) + "\n\n" + table
     if args.output:
         Path(args.output).write_text(text + "\n", encoding="utf-8")

@@ -185,6 +185,7 @@ def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_p
     run_script("recipes/compare.py", tmp_path, tmp_path, "--output", tmp_path / "compared.md")
     lines = (tmp_path / "compared.md").read_text().splitlines()
     compared = [line.split(" | ")[:3] for line in lines if line.startswith("| ")]
+    assert compared[0] == ["| variation", "what", "n"]
     assert compared[2:] == [["| nominal", "success_once", "2"], ["| action/latency", "success_once", "2"]]
 
 

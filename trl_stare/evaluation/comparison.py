@@ -186,9 +186,9 @@ def compare(
     return found
 
 
-def comparison_table(found: Mapping[str, Sequence[Comparison]]) -> str:
-    """All comparisons as Markdown."""
-    header = ("task", "what", "n", "A", "B", "B - A", "only B", "only A", "p", "verdict")
+def comparison_table(found: Mapping[str, Sequence[Comparison]], *, names: str = "task") -> str:
+    """All comparisons as Markdown. `names` heads the first column: what those in `found` name."""
+    header = (names, "what", "n", "A", "B", "B - A", "only B", "only A", "p", "verdict")
     rows = [
         (task, c.what, c.a.n, c.a, c.b, c.difference, c.test.b_only, c.test.a_only, f"{c.test.p_value:.2g}", c.verdict)
         for task, comparisons in found.items()

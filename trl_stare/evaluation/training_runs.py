@@ -73,9 +73,9 @@ def compare_runs(runs: Sequence[Mapping[str, Sequence[Comparison]]]) -> dict[str
     }
 
 
-def runs_table(found: Mapping[str, Sequence[RunsComparison]]) -> str:
-    """All comparisons as Markdown."""
-    header = ("task", "what", "runs", "A", "B", "B - A of each run, points", "mean", "verdict")
+def runs_table(found: Mapping[str, Sequence[RunsComparison]], *, names: str = "task") -> str:
+    """All comparisons as Markdown. `names` heads the first column: what those in `found` name."""
+    header = (names, "what", "runs", "A", "B", "B - A of each run, points", "mean", "verdict")
     rows = [
         (
             task,
