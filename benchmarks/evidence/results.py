@@ -56,19 +56,21 @@ def summarise(episodes: Episodes, plan: StagePlan) -> dict[str, Any]:
 
 def compare(a: Episodes, b: Episodes, stages: Sequence[str]) -> dict[str, Any]:
     """`b` against `a` on the same held-out seeds: pooled over the training seeds both have, and for each of them; `per_stage` compares
-    who passed a stage, of all episodes, since only what both played can be paired.
+    who passed a stage in the same way, of all episodes, since only what both played can be paired.
 
     The exact test counts each pair of episodes as independent, which those of one training run are not: two runs of one arm may differ
     by more than it allows. `over_seeds` is the interval of the mean of the training seeds' differences, `None` for a single one.
     """
+    per_stage = {stage: _over_seeds(a, b, methodcaller("passed", k)) for k, stage in enumerate(stages)}
+    return _over_seeds(a, b, SOLVED) | {"per_stage": per_stage}
+
+
+def _over_seeds(a: Episodes, b: Episodes, outcome: Callable[[EpisodeResult], bool]) -> dict[str, Any]:
     common = [seed for seed in a if seed in b]
-    per_seed = {seed: _test(a, b, [seed], SOLVED) for seed in common}
+    per_seed = {seed: _test(a, b, [seed], outcome) for seed in common}
     differences = [test["difference"] for test in per_seed.values()]
-    return _test(a, b, common, SOLVED) | {
-        "per_seed": per_seed,
-        "over_seeds": list(mean_difference(differences)[1:]) if len(common) > 1 else None,
-        "per_stage": {stage: _test(a, b, common, methodcaller("passed", k)) for k, stage in enumerate(stages)},
-    }
+    interval = list(mean_difference(differences)[1:]) if len(common) > 1 else None
+    return _test(a, b, common, outcome) | {"per_seed": per_seed, "over_seeds": interval}
 
 
 def _test(a: Episodes, b: Episodes, seeds: Sequence[int], outcome: Callable[[EpisodeResult], bool]) -> dict[str, Any]:
@@ -166,7 +168,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             ],
         ),
         "Paired on the same seeds, differences in points with 95 % intervals, p of the exact McNemar test, which knows nothing of how "
-        "much training varies; behind the training seeds' differences the interval of their mean (Student's t), which does:",
+        "much training varies; behind the training seeds' differences, and of the stages behind the word seeds, the interval of their mean "
+        "(Student's t), which does:",
         markdown_table(
             ("", "n", "success", "of each training seed", "only the second, only the first", "p", *results["stages"]),
             [_test_cells(test) for test in results["comparisons"]],
@@ -199,8 +202,13 @@ def _test_cells(test: Mapping[str, Any]) -> tuple[Any, ...]:
         + _interval(test["over_seeds"]),
         f"{test['b_only']}, {test['a_only']}",
         f"{test['p_value']:.2g}",
-        *(f"{_points(part)}, p = {part['p_value']:.2g}" for part in test["per_stage"].values()),
+        *(_stage_cell(part) for part in test["per_stage"].values()),
     )
+
+
+def _stage_cell(test: Mapping[str, Any]) -> str:
+    seeds = f"; seeds{_interval(test['over_seeds'])}" if test["over_seeds"] else ""
+    return f"{_points(test)}, p = {test['p_value']:.2g}{seeds}"
 
 
 def _points(test: Mapping[str, Any]) -> str:

@@ -247,6 +247,11 @@ def test_results_by_hand(results):
     # all reach; of Grasp and Transport three more, all of them StA-PPO alone: p = 2 / 2^3
     assert [paired["per_stage"][stage]["p_value"] for stage in PLAN.names] == [1.0, 0.25, 0.25, 0.125]
     assert [paired["per_stage"][stage]["difference"] for stage in PLAN.names] == [0.0, 3 / 8, 3 / 8, 0.5]
+    # of Grasp +0.5 and +0.25: 0.375 +- 12.706 times 0.125
+    grasp = paired["per_stage"]["Grasp"]
+    assert [part["difference"] for part in grasp["per_seed"].values()] == [0.5, 0.25]
+    assert grasp["over_seeds"] == pytest.approx([0.375 - 1.5883, 0.375 + 1.5883], abs=1e-3)
+    assert paired["per_stage"]["Reach"]["over_seeds"] == [0, 0]
 
 
 def test_the_table_and_the_picture(results, tmp_path):
@@ -254,7 +259,8 @@ def test_the_table_and_the_picture(results, tmp_path):
     assert "| sta-ppo | 8 | 87.5 % [52.9, 97.8] | 100.0, 75.0 | 2, 2 | 2, 2 | 3, 3 |" in text
     assert "| sta-ppo | 8 | 7 | 7 | 7 | Grasp (12 % of episodes) |" in text
     assert "| weak -> sta-ppo | 8 | +75.0 " in text and "| +100.0, +50.0 [-242.7, +392.7] | 6, 0 |" in text
-    assert "| ppo -> sta-ppo | 8 | +50.0 " in text and "p = 0.25 |" in text and "Not finished" not in text
+    assert "| ppo -> sta-ppo | 8 | +50.0 " in text and "Not finished" not in text
+    assert ", p = 0.25; seeds [-121.3, +196.3] | +37.5 " in text
     assert "| to 50 %, 1000 steps | to 80 %, 1000 steps | 1000 steps in all |" in text
     plot(tmp_path / "results.png", json.loads(json.dumps(results)))
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
