@@ -93,7 +93,9 @@ class EvaluateArguments:
     )
     videos: int = field(default=1, metadata={"help": "Successes and failures to film, of each task."})
     num_envs: int = field(default=8, metadata={"help": "Environments, over all worker processes."})
-    num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default one per core."})
+    num_workers: int | None = field(
+        default=None, metadata={"help": "Worker processes; default as many as cores and `num_envs` allow."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels; default a checkpoint's, or the task's own."}
     )

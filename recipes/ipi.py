@@ -108,7 +108,9 @@ class IPIArguments:
         metadata={"help": "Most episodes played to find a phase's success and failure to film; 0: no videos."},
     )
     num_envs: int = field(default=16, metadata={"help": "Environments, over all worker processes."})
-    num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default one per core."})
+    num_workers: int | None = field(
+        default=None, metadata={"help": "Worker processes; default as many as cores and `num_envs` allow."}
+    )
     image_size: int = field(default=64, metadata={"help": "Pixels of the policy's image."})
     chunk_size: int = field(default=4, metadata={"help": "Environment steps per decision."})
     visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})

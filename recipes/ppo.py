@@ -73,7 +73,9 @@ class PPOArguments:
         default=None, metadata={"help": "Which of the checkpoint's statistics; not needed where there is one."}
     )
     num_envs: int = field(default=16, metadata={"help": "Environments of each process, over its workers."})
-    num_workers: int | None = field(default=None, metadata={"help": "Workers of each process; default one per core."})
+    num_workers: int | None = field(
+        default=None, metadata={"help": "Workers of each process; default as many as cores and `num_envs` allow."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels; default what `model` reads, or 64 for a new small VLA."}
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_stare.data import demonstrate, replay
-from trl_stare.envs import PickAndPlaceExpert, get_simulated_task, make_env
+from trl_stare.envs import PickAndPlaceExpert, get_simulated_task, make_env, vector
 from trl_stare.envs.maniskill import Simulator
 from trl_stare.envs.worker import assign
 from trl_stare.interfaces import EpisodeStart
@@ -90,6 +90,18 @@ def test_workers_that_are_asked_for_simulate_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with closing(make_env(TASK, num_envs=2, num_workers=1, image_size=16)) as env:
         assert env.metadata["sim_backend"] == "physx_cpu"
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "cores", "num_workers"),
+    [(16, 12, 8), (16, 16, 16), (4, 3, 2), (8, 7, 4), (64, 48, 32), (3, 64, 3), (7, 6, 1), (1, 2, 1)],
+)
+def test_the_default_workers_share_the_environments_evenly_on_any_machine(monkeypatch, num_envs, cores, num_workers):
+    monkeypatch.setattr(vector.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(
+        vector, "WorkerVectorEnv", lambda spec, **sizes: sizes
+    )  # a process for each would take minutes
+    assert make_env(TASK, num_envs, device="cpu")["num_workers"] == num_workers
 
 
 def test_a_process_simulates_and_renders_on_its_own_gpu(monkeypatch):

@@ -43,8 +43,9 @@ def make_env(
     Args:
         task (`str`): a registered name, e.g. `"StackCube-v1"`.
         num_envs (`int`): `N`.
-        num_workers (`int`, *optional*): processes that share the environments; default one per core on the CPU (at most
-            `num_envs`). 0 keeps them in this process, all that CUDA (ManiSkill's GPU simulation) allows: with more `device` is the CPU.
+        num_workers (`int`, *optional*): processes that share the environments evenly. The default on the CPU is as many as there
+            are cores for, e.g. 8 for 16 environments on twelve cores. 0 keeps them in this process, all that CUDA (ManiSkill's GPU
+            simulation) allows: with more `device` is the CPU.
         chunk_size (`int`): `C`, environment steps per decision.
         image_size (`int`, *optional*): height and width of the images, pixels. Default is the task's own: 64 for the Panda's,
             480 x 640 for SimplerEnv's. Square images of the latter are the whole picture, squashed, as OpenVLA's are.
@@ -77,7 +78,7 @@ def make_env(
     visuals = resolve_visuals("stock" if visuals is None and not spec.light_visuals else visuals, device)
     _check_device(spec, varied, device, visuals, num_workers)
     if num_workers is None:
-        num_workers = 0 if device == "cuda" else min(num_envs, len(os.sched_getaffinity(0)))
+        num_workers = 0 if device == "cuda" else _most_workers(num_envs, len(os.sched_getaffinity(0)))
     sizes = {"num_envs": num_envs, "num_workers": num_workers, "chunk_size": chunk_size, "image_size": image_size}
     limits = {"step_timeout": step_timeout, "max_restarts": max_restarts, "memory_growth": memory_growth}
     _check_sizes(**sizes)
@@ -283,6 +284,10 @@ def _check_device(
             "`num_workers` must be 0 on CUDA, where a process that is replaced could not play its episodes again, got "
             f"{num_workers}. Leave it out, or say `device='cpu'`."
         )
+
+
+def _most_workers(num_envs: int, cores: int) -> int:
+    return max((n for n in range(1, min(num_envs, cores) + 1) if num_envs % n == 0), default=1)
 
 
 def _check_simulator(spec: SimulatedTask) -> None:
