@@ -26,16 +26,19 @@ class PushArguments:
     preferences: str | None = field(
         default=None, metadata={"help": "Folder of their pairs (see `recipes/pairs.py`); default none."}
     )
-    private: bool = field(default=False, metadata={"help": "Create the repository so that only you see it."})
+    private: bool = field(
+        default=False,
+        metadata={"help": "Create the repository so that only you see it; default as your organisation has it."},
+    )
     license: str = field(default="apache-2.0", metadata={"help": "Identifier of the licence, as the Hub lists it."})
 
 
 def main(args: PushArguments) -> None:
     """Push; refusals end with a sentence that says what to do."""
     try:
-        commit = push_dataset(
-            args.trajectories, args.preferences, args.repo_id, private=args.private, license=args.license
-        )
+        # not False, which is public whatever an organisation has chosen
+        private = args.private or None
+        commit = push_dataset(args.trajectories, args.preferences, args.repo_id, private=private, license=args.license)
     except (ValueError, OSError) as error:
         raise SystemExit(f"push_to_hub: {error}") from error
     logger.info("%s holds the data, in commit %s", args.repo_id, commit)

@@ -30,6 +30,7 @@ class MiniHub:
 
     def __init__(self):
         self.tokens = {"hf_writer": "user"}
+        self.private = False  # what a new repository is that nobody asked a visibility for, as an organisation sets it
         self.repos, self.blobs, self.log, self.faults = {}, {}, [], []
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -164,7 +165,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, "", "no right to write in this namespace")
         if repo_id in self.hub.repos:
             return self.send(409, {"error": "You already created this repo", **answer})
-        private = wish.get("visibility") == "private" or bool(wish.get("private"))
+        visibility = wish.get("visibility")
+        private = self.hub.private if visibility is None else visibility == "private"
         self.hub.repos[repo_id] = {"private": private, "commits": [{"id": f"{0:040x}", "files": {}}]}
         self.send(200, answer)
 

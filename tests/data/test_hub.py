@@ -149,6 +149,14 @@ def test_a_damaged_download_is_noticed_and_not_kept(hub, client, folders, repo_i
     assert contents(folder / "trajectories") == contents(folders[0])
 
 
+def test_a_new_repository_is_as_private_as_its_owner_wants(hub, client, folders, repo_id, monkeypatch):
+    for asked, usual, private in ((None, True, True), (None, False, False), (False, True, False), (True, False, True)):
+        monkeypatch.setattr(hub, "private", usual)
+        name = f"{repo_id}-{asked}-{usual}"
+        client(push_dataset, *folders, name, **({} if asked is None else {"private": asked}))
+        assert hub.repos[name]["private"] is private
+
+
 def test_refusals_say_which_token_or_repository(hub, client, folders, repo_id):
     client(push_dataset, *folders, repo_id, private=True)
     hub.tokens["hf_stranger"] = "stranger"

@@ -31,7 +31,7 @@ def push_dataset(
     preferences: str | Path | None,
     repo_id: str,
     *,
-    private: bool = False,
+    private: bool | None = None,
     license: str = "apache-2.0",
     token: str | None = None,
 ) -> str:
@@ -46,7 +46,8 @@ def push_dataset(
         preferences (`str` or `Path`, *optional*): folder of [`save_pairs`], made from these trajectories. A yield table
             that [`save_yield`] put beside it goes along.
         repo_id (`str`): `"user/name"`; created if it does not exist.
-        private (`bool`): create it so. The visibility of a repository that exists is left as it is.
+        private (`bool`, *optional*): create it so; by default as the account or organisation has it. The visibility of a repository
+            that exists is left as it is.
         license (`str`): identifier as the Hub lists it.
         token (`str`, *optional*): by default the one of `hf auth login` or `HF_TOKEN`.
 
