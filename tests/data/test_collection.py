@@ -14,8 +14,9 @@ from filelock import FileLock
 
 from trl_stare.actors import load_actor
 from trl_stare.data import collect_dataset, load_trajectories, stored_settings
-from trl_stare.data.actors import policy_actor
+from trl_stare.data.actors import Decision, policy_actor
 from trl_stare.envs import make_env
+from trl_stare.interfaces import VoidEpisode
 from trl_stare.policies import TokenPolicy
 from trl_stare.stages import get_plan
 
@@ -206,6 +207,56 @@ def test_no_episodes(env, tmp_path):
         collected(env, tmp_path / "demos", 0)
     with pytest.raises(ValueError, match="`episodes_per_seed` must be at least 1, got 0"):
         collected(env, tmp_path / "demos", 1, episodes_per_seed=0)
+
+
+class SpoiledEnv(ToyEnv):
+    """Every episode of some seeds ends with a value that is not finite."""
+
+    def __init__(self, *seeds: int, num_envs: int = 2):
+        super().__init__(num_envs)
+        self.seeds, self.played = seeds, []
+
+    def step(self, actions):
+        playing, step = self.episode.clone(), super().step(actions)
+        rows = torch.nonzero(step.terminated | step.truncated).flatten().tolist()
+        self.played += [self.starts[playing[row]].seed for row in rows]
+        rows = [row for row in rows if self.starts[playing[row]].seed in self.seeds]
+        step.terminated[rows], step.truncated[rows] = False, False
+        return step._replace(voided=tuple(VoidEpisode(int(playing[row]), 2, "state", row) for row in rows))
+
+
+@pytest.mark.parametrize(("repeats", "selects"), [(1, False), (1, True), (3, False)])
+def test_what_the_simulator_spoiled_is_left_out_once(tmp_path, caplog, repeats, selects):
+    def collect(episodes, **options):
+        env = SpoiledEnv(0, 3)
+        collect_dataset(
+            env, lambda _: to_the_middle, tmp_path / "rollouts", TOY_PLAN, episodes=episodes, episodes_per_seed=repeats,
+            successes_only=selects, progress=False, **options,
+        )  # fmt: skip
+        return env.played, [one.seed for one in load_trajectories(tmp_path / "rollouts")]
+
+    def interrupt(trajectory):
+        if trajectory.seed == 5:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        collect(4 * repeats, on_episode=interrupt)
+    assert "rollouts: an episode of seed 3 is left out, whose state was not finite at step 2" in caplog.text
+    played, seeds = collect(4 * repeats)
+    assert seeds == [seed for seed in (1, 2, 4, 5) for _ in range(repeats)] and 3 not in played
+    assert collect(4 * repeats)[0] == []
+    played, seeds = collect(5 * repeats)
+    assert seeds == [seed for seed in (1, 2, 4, 5, 6) for _ in range(repeats)] and set(played) <= {6, 7}
+
+
+def test_a_simulator_that_spoils_everything_is_given_up(tmp_path):
+    with pytest.raises(RuntimeError, match=r"only 0 of \d+ episodes were finite"):
+        collect_dataset(SpoiledEnv(*range(99)), lambda _: to_the_middle, tmp_path / "all", TOY_PLAN, episodes=2)
+
+
+def to_the_middle(obs, signals):
+    actions = -obs.state[:, None].sign()
+    return Decision(actions, actions)
 
 
 def test_interrupted_again_and_again_no_episode_is_played_twice(tmp_path):

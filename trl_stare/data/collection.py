@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from functools import partial
+from itertools import count, groupby, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from trl_stare.data.actors import Actor
 from trl_stare.data.rollout import stream
 from trl_stare.data.schema import merge_trajectories, save_trajectories, stored_settings
 from trl_stare.data.trajectory import Trajectory
-from trl_stare.interfaces import VectorEnv
+from trl_stare.interfaces import EpisodeStart, VectorEnv, VoidEpisode
 from trl_stare.stages import StagePlan
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def collect_dataset(
     The dataset holds every seed's episodes one after another: with `episodes_per_seed` 3, rows 0 to 2 are of `first_seed`,
     rows 3 to 5 of the next. Each is there exactly once, however often the collection was interrupted. Its randomness depends
     on what it was played beside (interruptions, `env.num_envs`, workers): only an uninterrupted call repeats itself exactly.
+    An episode that the simulator spoils with a value that is not finite is left out, which is logged, and another is played.
 
     Args:
         env (`VectorEnv`): where.
@@ -86,7 +88,8 @@ def collect_dataset(
     Raises:
         ValueError: for numbers that are not positive, several episodes per seed with `successes_only`, or other settings than
             those that `folder` was collected with.
-        RuntimeError: if fewer than one episode in twenty succeeds with `successes_only`.
+        RuntimeError: if fewer than one episode in twenty can be kept: successes with `successes_only`, else all that the
+            simulator did not spoil.
     """
     _check_counts(episodes, episodes_per_seed, successes_only)
     own = {"policy": name, "first_seed": first_seed, "seed": seed, "successes_only": successes_only}
@@ -117,9 +120,18 @@ def _play_missing(
     """Play what `ledger` has not yet, block by block, write it down, and yield what is kept."""
     while keys := ledger.missing(episodes, at_least=env.num_envs)[:BLOCK_EPISODES]:
         actor = make_actor(_generator(seed, keys[0], sum(key > keys[0] for key in ledger.played)))
-        for index, trajectory in stream(env, actor, [key.seed for key in keys], name=name):
+        on_void = partial(_leave_out, ledger, keys)
+        for index, trajectory in stream(env, actor, [key.seed for key in keys], name=name, on_void=on_void):
             if ledger.add(keys[index], trajectory, plan):
                 yield trajectory
+
+
+def _leave_out(ledger: _Ledger, keys: Sequence[Key], start: EpisodeStart, void: VoidEpisode) -> None:
+    logger.warning(
+        "%s: an episode of seed %d is left out, whose %s was not finite at step %d",
+        ledger.folder, start.seed, void.what, void.step,
+    )  # fmt: skip
+    ledger.leave_out(keys[void.episode])
 
 
 @contextmanager
@@ -158,7 +170,7 @@ def _check_counts(episodes: int, episodes_per_seed: int, successes_only: bool) -
 
 
 class _Ledger:
-    """What a collection has so far: the finished dataset, single finished episodes, and the seeds played in vain.
+    """What a collection has so far: the finished dataset, single finished episodes, and those played in vain, which are not kept.
 
     Args:
         folder (`Path`): the dataset.
@@ -180,11 +192,18 @@ class _Ledger:
         settings, self._vain = self.partial / "settings.json", self.partial / "in_vain.txt"
         for note in [*notes, *([json.loads(settings.read_text())] if settings.exists() else [])]:
             self._compare(note)
-        self.merged = {Key(seed, repeat) for seed, rows in groupby(seeds) for repeat, _ in enumerate(rows)}
         self.single = {Key(*map(int, path.name.split("-"))) for path in self.partial.glob("[0-9]*-[0-9]*")}
-        self.in_vain = {Key(int(seed), 0) for seed in (self._vain.read_text().split() if self._vain.exists() else ())}
-        if self.selects and seeds:  # every seed before the last success was played
-            self.in_vain |= {Key(seed, 0) for seed in range(self.first_seed, seeds[-1])} - self.merged
+        noted = self._vain.read_text().split() if self._vain.exists() else ()
+        self.in_vain = {
+            Key(int(seed), int(repeat or 0)) for seed, _, repeat in (note.partition("-") for note in noted)
+        }
+        self.merged = {
+            key
+            for seed, rows in groupby(seeds)
+            for key, _ in zip((Key(seed, i) for i in count() if (seed, i) not in self.in_vain), rows, strict=False)
+        }
+        if self.merged:  # every episode before the last one in the dataset was played
+            self.in_vain |= set(takewhile(max(self.merged).__gt__, self._every())) - self.merged
 
     @property
     def kept(self) -> set[Key]:
@@ -205,34 +224,43 @@ class _Ledger:
         Raises:
             RuntimeError: if so many were played for so few successes that there is no hope of more.
         """
-        played = self.played
+        wanted, played = episodes - len(self.kept), self.played
+        if wanted > 0 and len(played) >= MOST_TRIES * episodes + at_least:
+            what = "succeeded. Lower the noise, or keep all" if self.selects else "were finite. Look at the simulator"
+            raise RuntimeError(f"`{self.folder}`: only {len(self.kept)} of {len(played)} episodes {what}.")
         if not self.selects:
-            keys = (Key(self.first_seed + i // self.repeats, i % self.repeats) for i in range(episodes))
+            keys = islice((key for key in self._every() if key not in self.in_vain), episodes)
             return [key for key in keys if key not in played]
         end = max((key.seed + 1 for key in played), default=self.first_seed)
         left_out = [key for seed in range(self.first_seed, end) if (key := Key(seed, 0)) not in played]
-        wanted = episodes - len(self.kept)
-        if wanted > 0 and len(played) >= MOST_TRIES * episodes + at_least:
-            raise RuntimeError(
-                f"`{self.folder}`: only {len(self.kept)} of {len(played)} episodes succeeded. Lower the noise, or keep all."
-            )
         new = max(wanted, at_least) - len(left_out) if wanted > 0 else 0
         return left_out + [Key(seed, 0) for seed in range(end, end + new)]
 
+    def _every(self) -> Iterator[Key]:
+        """All episodes there could be, in order."""
+        return (Key(self.first_seed + i // self.repeats, i % self.repeats) for i in count())
+
     def add(self, key: Key, trajectory: Trajectory, plan: StagePlan) -> bool:
-        """Write a finished episode, all or nothing, or note that its seed was played in vain; whether it is kept."""
+        """Write a finished episode, all or nothing, or note that it was played in vain; whether it is kept."""
+        if self.selects and not trajectory.success_once:
+            self.leave_out(key)
+            return False
+        self._begin()
+        save_trajectories([trajectory], self._file_of(key), plan, metadata=self.metadata)
+        self.single.add(key)
+        return True
+
+    def leave_out(self, key: Key) -> None:
+        """Note that an episode was played in vain."""
+        self._begin()
+        with open(self._vain, "a") as file:
+            file.write(f"{key.seed}-{key.repeat}\n")
+        self.in_vain.add(key)
+
+    def _begin(self) -> None:
         if not self.partial.exists():
             self.partial.mkdir(parents=True)
             (self.partial / "settings.json").write_text(json.dumps(self.metadata))
-        kept = trajectory.success_once or not self.selects
-        if kept:
-            save_trajectories([trajectory], self._file_of(key), plan, metadata=self.metadata)
-            self.single.add(key)
-        else:
-            with open(self._vain, "a") as file:
-                file.write(f"{key.seed}\n")
-            self.in_vain.add(key)
-        return kept
 
     def merge(self, episodes: int) -> None:
         """Make one dataset of the first `episodes` episodes, those merged before first, and tidy up."""
