@@ -1,5 +1,6 @@
 """Collections that are interrupted, continued and extended, on the real simulator."""
 
+import os
 import shutil
 import sys
 import threading
@@ -150,6 +151,25 @@ def test_what_was_tidied_up_too_late_is_not_taken_twice(env, tmp_path):
         shutil.copytree(tmp_path / "demos", partial / key)
     assert [t.seed for t in collected(env, tmp_path / "demos", 2, episodes_per_seed=2)] == [0, 0, 1]
     assert not partial.exists()
+
+
+def test_a_kill_between_taking_the_old_dataset_away_and_putting_the_new_in_its_place(env, tmp_path, monkeypatch):
+    collected(env, tmp_path / "demos", 2)
+    replace = os.replace
+
+    def killed(source, target):
+        if str(source).endswith(".new") and Path(target).name == "demos":
+            raise Interrupted
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(Interrupted):
+            collected(env, tmp_path / "demos", 3)
+    assert not (tmp_path / "demos").exists()
+    again = []
+    found = collected(env, tmp_path / "demos", 3, on_episode=again.append)
+    assert [one.seed for one in found] == [0, 1, 2] and again == []
 
 
 def test_failures_are_not_played_again_when_successes_are_extended(env, tmp_path):

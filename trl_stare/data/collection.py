@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from trl_stare.data.actors import Actor
+from trl_stare.data.parquet import finish_folder
 from trl_stare.data.rollout import stream
 from trl_stare.data.schema import merge_trajectories, save_trajectories, stored_settings
 from trl_stare.data.trajectory import Trajectory
@@ -188,9 +190,10 @@ class _Ledger:
         self.first_seed, self.repeats, self.selects = (
             own[name] for name in ("first_seed", "episodes_per_seed", "successes_only")
         )
+        finish_folder(folder)
         seeds, notes = stored_settings(folder) if folder.exists() else ([], [])
-        settings, self._vain = self.partial / "settings.json", self.partial / "in_vain.txt"
-        for note in [*notes, *([json.loads(settings.read_text())] if settings.exists() else [])]:
+        self._settings, self._vain = self.partial / "settings.json", self.partial / "in_vain.txt"
+        for note in [*notes, *([json.loads(self._settings.read_text())] if self._settings.exists() else [])]:
             self._compare(note)
         self.single = {Key(*map(int, path.name.split("-"))) for path in self.partial.glob("[0-9]*-[0-9]*")}
         noted = self._vain.read_text().split() if self._vain.exists() else ()
@@ -258,9 +261,11 @@ class _Ledger:
         self.in_vain.add(key)
 
     def _begin(self) -> None:
-        if not self.partial.exists():
-            self.partial.mkdir(parents=True)
-            (self.partial / "settings.json").write_text(json.dumps(self.metadata))
+        if not self._settings.exists():
+            self.partial.mkdir(parents=True, exist_ok=True)
+            new = self._settings.with_suffix(".new")  # half a file could not be read ever after
+            new.write_text(json.dumps(self.metadata))
+            os.replace(new, self._settings)
 
     def merge(self, episodes: int) -> None:
         """Make one dataset of the first `episodes` episodes, those merged before first, and tidy up."""

@@ -33,7 +33,8 @@ def write_folder(folder: Path, shards: Iterable[pa.Table], num_shards: int, *, r
         raise ValueError(
             f"`folder` must hold nothing but parquet files, got {folder} with {strangers[:3]}. Give another."
         )
-    new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("new", "old"))
+    finish_folder(folder)
+    new, old = _beside(folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
@@ -45,6 +46,18 @@ def write_folder(folder: Path, shards: Iterable[pa.Table], num_shards: int, *, r
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_folder(folder: Path) -> None:
+    """Put the new folder in its place where [`write_folder`] was killed between taking the old one away and doing so."""
+    new, old = _beside(folder)
+    if old.exists() and new.exists() and not folder.exists():  # so the new one is whole
+        os.replace(new, folder)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where the new folder is written, and where the old one waits to be deleted."""
+    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
 
 
 def to_table(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table:
