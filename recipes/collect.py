@@ -18,6 +18,7 @@ from trl import TrlParser
 from trl_stare import get_plan, make_env
 from trl_stare.actors import load_actor
 from trl_stare.data import collect_dataset, stored_settings
+from trl_stare.evaluation import resolve_policy
 from trl_stare.runs import set_entries
 from trl_stare.tasks import import_tasks
 
@@ -35,6 +36,7 @@ class CollectArguments:
         default=1, metadata={"help": "Episodes from each initial state; preference pairs need several."}
     )
     model: str = field(default="expert", metadata={"help": "A checkpoint (folder or Hub id), 'expert' or 'random'."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
     policy: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "How a checkpoint is loaded: `unnorm_key`, `dtype`, fields of its configuration."},
@@ -60,8 +62,11 @@ class CollectArguments:
 def main(args: CollectArguments) -> None:
     """Collect until `output_dir` holds `episodes` episodes."""
     import_tasks(args.task_module)
-    actor = load_actor(args.model, args.task, noise=args.noise, temperature=args.temperature, **args.policy)
+    source = resolve_policy(args.model, args.revision, args.policy)
+    actor = load_actor(source.location, args.task, noise=args.noise, temperature=args.temperature, **args.policy)
     settings = {"noise": args.noise} if args.model == "expert" else {"temperature": args.temperature} | args.policy
+    if source.files:  # not other weights under the same name
+        settings |= {"revision": source.revision, "weights": source.files}
     env = make_env(
         args.task,
         args.num_envs,
@@ -81,7 +86,7 @@ def main(args: CollectArguments) -> None:
             first_seed=args.first_seed,
             seed=args.seed,
             successes_only=args.successes_only,
-            name=actor.name,
+            name=source.name,
             settings=settings,
         )
     logger.info("%s holds %d episodes", folder, len(stored_settings(folder)[0]))

@@ -35,6 +35,7 @@ from trl_stare.evaluation import (
     PolicySource,
     build_eval_info,
     can_film,
+    check_distinct,
     eval_results,
     eval_table,
     film_episode,
@@ -99,6 +100,13 @@ class EvaluateArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels; default a checkpoint's, or the task's own."}
     )
+    device: str = field(
+        default="cpu",
+        metadata={
+            "help": "Where is simulated; a checkpoint acts on the GPU where there is one. With 'cuda' episodes depend on those before "
+            "them: no videos, and an evaluation that was interrupted does not end as another would."
+        },
+    )
     visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
     variations: str | None = field(
         default=None,
@@ -123,6 +131,8 @@ class EvaluateArguments:
             raise ValueError(f"`seed` must be different numbers from 0 on, got {self.seed}.")
         if self.videos < 0 or self.num_envs < 1:
             raise ValueError(f"`videos` must be >= 0 and `num_envs` >= 1, got {self.videos} and {self.num_envs}.")
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and self.variations):
+            raise ValueError(f"`device` must be 'cpu', or 'cuda' without `variations`, got {self.device!r}.")
         if self.push and self.model in SCRIPTED:
             raise ValueError(f"`push` needs a model with a card, got {self.model!r}.")
         if self.push and self.revision is not None:
@@ -153,7 +163,10 @@ def main(args: EvaluateArguments) -> None:
         }
         for task in tasks
     }
-    source = resolve_policy(args.model, args.revision)
+    if args.model == "expert" or (args.model != "random" and args.temperature == 0):
+        for task in tasks:
+            check_distinct(starts[task], get_simulated_task(task).configurations, task)
+    source = resolve_policy(args.model, args.revision, args.policy)
     actors = load_actors(source.location, tasks, temperature=args.temperature, **args.policy)
     out = claim(args, source, tasks)
     job, watch = Job(args, source, actors, starts), Stopwatch(out / "timing.json")
@@ -212,9 +225,7 @@ def evaluate_task(job: Job, task: str, variation: str, out: Path) -> tuple[list[
     found = file.with_suffix(".json")  # written last
     if found.exists():
         return read_played(file), json.loads(found.read_text())
-    varied = {"visuals": args.visuals, "variation": variation}
-    if args.variations:  # scenes that are built anew for every episode can be changed; the nominal ones must be alike
-        varied["device"] = "cpu"
+    varied = {"visuals": args.visuals, "variation": variation, "device": args.device}
     env = make_env(
         task,
         args.num_envs,

@@ -7,7 +7,7 @@ import pytest
 from trl_stare.actors import load_actor
 from trl_stare.envs import make_env
 from trl_stare.evaluation import play_in_blocks, read_played, write_played
-from trl_stare.evaluation.suites import held_out_starts, suite_tasks
+from trl_stare.evaluation.suites import check_distinct, held_out_starts, suite_tasks
 from trl_stare.stages import get_plan
 
 TASK = "PushCube-v1"
@@ -80,3 +80,10 @@ def test_suites():
     assert all(get_plan(task) for task in suite_tasks("maniskill_panda"))
     with pytest.raises(ValueError, match="comma list of different tasks"):
         suite_tasks("PushCube-v1,PushCube-v1")
+
+
+def test_episodes_that_would_repeat_each_other_are_refused():
+    check_distinct({0: range(24)}, 24, "T")
+    check_distinct({0: range(100), 1: range(100, 200)}, 0, "T")  # the seed draws the start
+    with pytest.raises(ValueError, match="at most the 24 configurations of T where nothing is drawn, got 48 episodes"):
+        check_distinct({0: range(24), 1: range(24, 48)}, 24, "T")

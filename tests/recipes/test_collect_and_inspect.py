@@ -5,8 +5,10 @@ import logging
 
 import imageio.v3 as imageio
 import pytest
+import torch
 
-from trl_stare.data import load_trajectories
+from trl_stare.data import load_trajectories, stored_settings
+from trl_stare.policies import TokenPolicy
 
 
 def test_collect(run_script, tmp_path, caplog):
@@ -20,6 +22,23 @@ def test_collect(run_script, tmp_path, caplog):
     assert trajectories[0].images.shape[1:] == (32, 32, 3)
     with pytest.raises(ValueError, match="must be new or of the same collection"):
         run_script("recipes/collect.py", *flags, "--episodes", 4, "--noise", 0.2)
+
+
+def test_other_weights_under_the_same_name_do_not_continue_a_collection(run_script, tmp_path):
+    stats = {"action": {"scale": [0.1] * 7}, "state": {"mean": [0.0] * 8, "std": [1.0] * 8}}
+    flags = ["--task", "PushCube-v1", "--num_envs", 1, "--episodes", 1, "--output_dir", tmp_path / "rollouts"]
+    flags += ["--model", tmp_path / "model"]
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        TokenPolicy.create_tiny({"toy": stats}, image_size=16, chunk_size=10).save_pretrained(tmp_path / "model")
+        if seed:
+            with pytest.raises(ValueError, match=r"collected with other \['collection'\]"):
+                run_script("recipes/collect.py", *flags)
+        else:
+            run_script("recipes/collect.py", *flags)
+    (note,) = stored_settings(tmp_path / "rollouts")[1]
+    assert note["collection"]["policy"] == str(tmp_path / "model")
+    assert note["collection"]["weights"].keys() >= {"config.json", "model.safetensors"}
 
 
 def test_inspect_stages(run_script, tmp_path):

@@ -213,6 +213,17 @@ def test_folders_that_cannot_be_paired_are_refused(folders, message, run_script,
             ["--model", "user/vla", "--task", TASK, "--revision", "old", "--push", "true"],
             "`revision` must be left out with `push`.*got 'old'",
         ),
+        (["--model", "user/vla", "--task", TASK, "--policy.revision", "v1"], "Say --revision, not --policy.revision"),
+        (["--model", "expert", "--task", TASK, "--device", "gpu"], "`device` must be 'cpu', or 'cuda'.*got 'gpu'"),
+        (
+            ["--model", "expert", "--task", TASK, "--device", "cuda", "--variations", "light/dim"],
+            "without `variations`",
+        ),
+        (["--model", "expert", "--suite", "simpler_widowx", "--seed", 0, 1], "at most the 24 configurations of Put"),
+        (
+            ["--model", "user/vla", "--suite", "simpler_widowx", "--episodes", 25, "--temperature", 0],
+            "got 25 episodes, of which the others would be repetitions",
+        ),
     ],
 )
 def test_bad_flags(flags, message, tmp_path, run_script):

@@ -42,7 +42,7 @@ from trl_stare.evaluation.statistics import (
     paired_difference,
     runs_needed,
 )
-from trl_stare.evaluation.suites import SUITES, held_out_starts, suite_tasks
+from trl_stare.evaluation.suites import SUITES, check_distinct, held_out_starts, suite_tasks
 from trl_stare.evaluation.training_runs import RunsComparison, compare_runs, runs_table
 from trl_stare.evaluation.videos import (
     Replay,
@@ -79,6 +79,7 @@ __all__ = [
     "build_results",
     "card_template",
     "check_comparable",
+    "check_distinct",
     "can_film",
     "compare",
     "compare_runs",

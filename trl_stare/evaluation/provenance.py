@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ class PolicySource:
         name (`str`): as the user gave it.
         location (`str`): what loads it: a local folder, or one of `SCRIPTED`.
         revision (`str` or `None`): commit on the Hub; `None` for local ones.
-        files (`dict[str, str]`): file name -> SHA-256, of the files at the top of the checkpoint.
+        files (`dict[str, str]`): file name -> SHA-256, of the files at the top of the checkpoint; those of an adapter's base begin
+            with `base/`.
     """
 
     name: str
@@ -37,28 +40,41 @@ class PolicySource:
         return {"name": self.name, "revision": self.revision, "files": self.files}
 
 
-def resolve_policy(model: str, revision: str | None = None) -> PolicySource:
+def resolve_policy(model: str, revision: str | None = None, loading: Mapping[str, Any] | None = None) -> PolicySource:
     """Find a checkpoint, download it if it is on the Hub, and take the digests of its files.
 
     Args:
         model (`str`): a local folder, a Hub id, `"expert"` or `"random"`.
         revision (`str`, *optional*): branch, tag or commit of a Hub id.
+        loading (`Mapping`, *optional*): what it will be loaded with from `location`, where a revision no longer counts.
 
     Raises:
-        ValueError: if `revision` is given for something that is not on the Hub.
+        ValueError: if `revision` is given for something that is not on the Hub, or is in `loading`.
         OSError: if there is no such checkpoint.
     """
+    if "revision" in (loading or {}):
+        raise ValueError(
+            f"`revision` must be given by itself, got {dict(loading)}. Say --revision, not --policy.revision."
+        )
     if model in SCRIPTED or Path(model).is_dir():
         if revision is not None:
             raise ValueError(f"`revision` must be of a model on the Hub, got {revision!r} for {model!r}.")
-        return PolicySource(model, model, files={} if model in SCRIPTED else file_digests(model))
+        return PolicySource(model, model, files={} if model in SCRIPTED else _policy_digests(model))
     try:
         folder = snapshot_download(model, revision=revision)
     except HFValidationError as error:
         raise FileNotFoundError(
             f"`model` must be a folder, a Hub id, 'expert' or 'random', got {model!r}: there is no such folder."
         ) from error
-    return PolicySource(model, folder, revision=Path(folder).name, files=file_digests(folder))
+    return PolicySource(model, folder, revision=Path(folder).name, files=_policy_digests(folder))
+
+
+def _policy_digests(folder: str | Path) -> dict[str, str]:
+    files, adapter = file_digests(folder), Path(folder) / "adapter_config.json"
+    if adapter.exists():  # PEFT's: most of the weights are elsewhere
+        base = resolve_policy(json.loads(adapter.read_text())["base_model_name_or_path"])
+        files |= {f"base/{name}": digest for name, digest in base.files.items()}
+    return files
 
 
 def file_digests(folder: str | Path) -> dict[str, str]:

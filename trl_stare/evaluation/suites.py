@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 SUITES: dict[str, tuple[str, ...]] = {
     "simpler_widowx": (
@@ -24,7 +25,8 @@ SUITES: dict[str, tuple[str, ...]] = {
 """Name -> tasks. `simpler_widowx` is SimplerEnv's Bridge suite (arXiv 2405.05941)."""
 
 HELD_OUT = range(50_000)
-"""Seeds that the recipes never train on: videos begin at 50,000, demonstrations at 100,000."""
+"""Seeds that the recipes never train on: videos begin at 50,000, demonstrations at 100,000. Of a task with a list of configurations
+training meets the same ones nevertheless."""
 
 DEFAULT_EPISODES = 100
 """Of a task without a list of configurations. The Wilson interval is then at most 19 points wide."""
@@ -45,7 +47,8 @@ def suite_tasks(suite: str) -> tuple[str, ...]:
 
 
 def held_out_starts(seed: int, episodes: int | None, configurations: int) -> range:
-    """Seeds of the episodes of one evaluation seed: `episodes` many, which no other evaluation seed plays.
+    """Seeds of the episodes of one evaluation seed: `episodes` many, which no other evaluation seed plays. Where a task has a list of
+    configurations, seeds that are equal modulo its length begin alike.
 
     Args:
         seed (`int`): the evaluation's seed, counted from 0.
@@ -64,3 +67,27 @@ def held_out_starts(seed: int, episodes: int | None, configurations: int) -> ran
             f"`seed` and `episodes` must give at least one episode among the held-out seeds 0 to {HELD_OUT[-1]}, got {starts}."
         )
     return starts
+
+
+def check_distinct(starts: Mapping[int, range], configurations: int, task: str) -> None:
+    """Refuse episodes that are played twice, where the start alone decides how they go: a greedy policy's, a demonstrator's.
+
+    The simulator repeats such an episode exactly. Counted several times it would make intervals narrower and p values smaller
+    without telling anything new.
+
+    Args:
+        starts (`Mapping`): evaluation seed -> [`held_out_starts`]. configurations (`int`): of the task, 0 if the seed draws the start.
+        task (`str`): its name.
+
+    Raises:
+        ValueError: if there are more episodes than configurations.
+
+    Example: two seeds of 24 episodes each are refused where there are 24 configurations, and one is not.
+    """
+    episodes = sum(map(len, starts.values()))
+    if 0 < configurations < episodes:
+        raise ValueError(
+            f"`episodes` and `seed` must give at most the {configurations} configurations of {task} where nothing is drawn, got {episodes} "
+            "episodes, of which the others would be repetitions. Leave out `episodes` and give one `seed`, or sample with a "
+            "`temperature` above 0."
+        )
