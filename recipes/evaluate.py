@@ -94,9 +94,7 @@ class EvaluateArguments:
     )
     videos: int = field(default=1, metadata={"help": "Successes and failures to film, of each task."})
     num_envs: int = field(default=8, metadata={"help": "Environments, over all worker processes."})
-    num_workers: int | None = field(
-        default=None, metadata={"help": "Worker processes; default as many as cores and `num_envs` allow."}
-    )
+    num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default as cores allow."})
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels; default a checkpoint's, or the task's own."}
     )

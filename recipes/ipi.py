@@ -51,7 +51,7 @@ from trl_stare.data import (
 from trl_stare.data.actors import policy_actor
 from trl_stare.evaluation import (
     PHASES,
-    PLAIN_PPO,
+    PLAIN_METHODS,
     PhaseRecords,
     build_results,
     can_film,
@@ -108,9 +108,7 @@ class IPIArguments:
         metadata={"help": "Most episodes played to find a phase's success and failure to film; 0: no videos."},
     )
     num_envs: int = field(default=16, metadata={"help": "Environments, over all worker processes."})
-    num_workers: int | None = field(
-        default=None, metadata={"help": "Worker processes; default as many as cores and `num_envs` allow."}
-    )
+    num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default as cores allow."})
     image_size: int = field(default=64, metadata={"help": "Pixels of the policy's image."})
     chunk_size: int = field(default=4, metadata={"help": "Environment steps per decision."})
     visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
@@ -174,8 +172,8 @@ def main(args: IPIArguments) -> None:
                     else:
                         prefer(args, phase, configs[phase], checkpoint, env, plan)
             with watch(f"{phase}: evaluation"):
-                method = None if getattr(configs[phase], "stage_aware", True) else PLAIN_PPO
-                evaluate_phase(args, phase, env, plan, started_from=checkpoint, method=method)
+                wall_s = watch.seconds.get(f"{phase}: training", 0.0)
+                evaluate_phase(args, phase, configs[phase], env, plan, started_from=checkpoint, wall_s=wall_s)
             PartialState().wait_for_everyone()  # the next phase begins where the records say that this one ended
             report(args, watch.seconds)
         with watch("videos"):
@@ -229,7 +227,7 @@ def interact(args: IPIArguments, config: StagePPOConfig, checkpoint: str, env: A
     policy = load_policy(args, checkpoint)
     if args.lora:
         policy.model = get_peft_model(policy.model, lora_config(args))
-    count = int(config.num_train_epochs) * config.episodes_per_iteration
+    count = config.num_iterations * config.episodes_per_iteration
     starts = Dataset.from_dict({"seed": list(range(INTERACTION_SEEDS, INTERACTION_SEEDS + count))})
     trainer = StagePPOTrainer(policy, config, env, plan, starts)
     trainer.train(resume_from_checkpoint=True)
@@ -284,15 +282,15 @@ def save_phase(args: IPIArguments, phase: str, trainer: Any, env_steps: int, see
     trainer.save_model(str(Path(args.output_dir) / phase))
     if args.lora and PartialState().is_main_process:
         merge_checkpoint(Path(args.output_dir) / phase)
-    history = trainer.state.log_history
-    wall_s = history[-1].get("train_runtime", 0.0)
-    record = {"history": history, "env_steps": env_steps, "wall_s": wall_s, "seeds": sorted(set(seeds)), **more}
+    record = {"history": trainer.state.log_history, "env_steps": env_steps, "seeds": sorted(set(seeds)), **more}
     if PartialState().is_main_process:
         phase_records(args).write_training(phase, record)
     PartialState().wait_for_everyone()
 
 
-def evaluate_phase(args: IPIArguments, phase: str, env: Any, plan: Any, **card: str | None) -> None:
+def evaluate_phase(
+    args: IPIArguments, phase: str, config: Any, env: Any, plan: Any, *, started_from: str | None, wall_s: float
+) -> None:
     """Evaluate the checkpoint, as it loads, on the held-out seeds, and write its card; the phase is then done."""
     if not PartialState().is_main_process:
         return
@@ -303,10 +301,11 @@ def evaluate_phase(args: IPIArguments, phase: str, env: Any, plan: Any, **card: 
         load_policy(args, str(out / phase)), env, plan, seeds,
         temperature=args.temperature, seed=args.seed, train_seeds=training["seeds"],
     )  # fmt: skip
-    result = result.for_phase(checkpoint=phase, env_steps=training["env_steps"], wall_s=training["wall_s"])
+    result = result.for_phase(checkpoint=phase, env_steps=training["env_steps"], wall_s=wall_s)
     write_episodes(out / "evaluation" / f"{phase}.jsonl", episodes)
     write_model_card(
-        out / phase, phase=phase, result=result, task=args.task, visuals=env.metadata["visuals"], **card,
+        out / phase, phase=phase, result=result, task=args.task, visuals=env.metadata["visuals"], started_from=started_from,
+        method=None if getattr(config, "stage_aware", True) else PLAIN_METHODS[phase_turn(phase)[0]],
         usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
     )  # fmt: skip
     done = {"result": result.to_dict(), "history": training["history"], "pair_yield": training.get("pair_yield")}

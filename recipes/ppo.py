@@ -36,7 +36,7 @@ from trl_stare import (
 )
 from trl_stare.actors import load_actor
 from trl_stare.data import TrajectoryFolder, collect_dataset
-from trl_stare.evaluation import PLAIN_PPO, write_episodes, write_model_card
+from trl_stare.evaluation import PLAIN_METHODS, write_episodes, write_model_card
 from trl_stare.policies import norm_stats
 from trl_stare.policies.adapters import whole_checkpoint
 from trl_stare.tasks import import_tasks
@@ -74,7 +74,7 @@ class PPOArguments:
     )
     num_envs: int = field(default=16, metadata={"help": "Environments of each process, over its workers."})
     num_workers: int | None = field(
-        default=None, metadata={"help": "Workers of each process; default as many as cores and `num_envs` allow."}
+        default=None, metadata={"help": "Workers of each process; default as cores allow."}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels; default what `model` reads, or 64 for a new small VLA."}
@@ -158,7 +158,8 @@ def report(args: PPOArguments, config: StagePPOConfig, trainer: StagePPOTrainer)
         policy, env, trainer.plan, trainer.eval_dataset["seed"],
         temperature=config.evaluation_temperature, seed=config.seed, train_seeds=trainer.train_dataset["seed"],
     )  # fmt: skip
-    wall_s = trainer.state.log_history[-1].get("train_runtime", 0.0)
+    # not `train_runtime`, which is of the last session
+    wall_s = sum(logs.get("time/iteration_s", 0.0) for logs in trainer.state.log_history)
     write_episodes(folder / "evaluation.jsonl", episodes)
     write_model_card(
         folder,
@@ -167,7 +168,7 @@ def report(args: PPOArguments, config: StagePPOConfig, trainer: StagePPOTrainer)
         task=args.task,
         visuals=env.metadata["visuals"],
         started_from=args.model or f"a small VLA that imitated {args.demonstrations} scripted demonstrations",
-        method=None if config.stage_aware else PLAIN_PPO,
+        method=None if config.stage_aware else PLAIN_METHODS["interaction"],
         usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
     )
     logger.info("success_once %.3f of %d held-out episodes", result.success_once, len(episodes))

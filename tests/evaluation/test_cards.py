@@ -40,7 +40,7 @@ def test_the_text_says_n_intervals_stages_seeds_and_use(tmp_path):
     text = write(tmp_path, result=result, started_from="out/imitation", visuals="light").text
     for part in (
         "# StackCube-v1-preference",
-        "4 held-out episodes, sampling temperature 0.6, at most 20 steps an episode, light visuals.",
+        "4 episodes with held-out seeds, sampling temperature 0.6, at most 20 steps an episode, light visuals.",
         "| success once | 4 | 75.0 % [30.1, 95.4] |",
         "| Reach | 75.0 % (3 / 4) |",
         "| Grasp | not reached |",

@@ -172,6 +172,19 @@ def test_gradient_accumulation_is_a_larger_batch(policy, tmp_path):
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
 
+def test_every_pair_is_logged_also_where_the_last_update_accumulates(policy, tmp_path):
+    pairs = (STAGE_PAIRS * 2)[:5]
+    counts = []
+    for accumulation in (1, 3):
+        trainer = make_trainer(
+            policy, tmp_path, pairs, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, max_steps=-1,
+            num_train_epochs=1, logging_steps=1, learning_rate=0.0,
+        )  # fmt: skip
+        trainer.train()
+        counts.append(sum(v for logs in trainer.state.log_history for k, v in logs.items() if k.endswith("/pairs")))
+    assert counts == [5, 5]
+
+
 def test_swapping_the_sides_negates_the_logit(policy, tmp_path):
     swapped = [
         StagePair(

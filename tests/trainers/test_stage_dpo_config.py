@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trl_stare.data.pairs import OBJECTIVES
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig
 from trl_stare.trainers.stage_dpo_metrics import pair_metrics
 
@@ -50,3 +51,8 @@ def test_pair_metrics_by_hand():
     }  # fmt: skip
     assert metrics["stage/Grasp/accuracy"] == 0.0
     assert not any("Transport" in name for name in metrics)
+
+
+def test_which_objectives_know_stages(tmp_path):
+    known = {name: StageDPOConfig(str(tmp_path), use_cpu=True, objective=name).stage_aware for name in OBJECTIVES}
+    assert known == {"sta-tpo": True, "sta-tpo-sum": True, "tpo-mean": False, "tpo-sum": False}

@@ -162,6 +162,7 @@ def test_the_checkpoint_is_a_plain_policy_folder_and_the_critic_lies_beside_it(t
         ({"potential_form": "linear"}, "`potential_form` must be one of"),
         ({"potential_scale": 0.0}, "`potential_scale` must be positive"),
         ({"critic": "hidden", "bootstrap_on_truncation": False}, "needs a critic that knows the time"),
+        ({"per_device_train_batch_size": 4}, "`per_device_train_batch_size` must be 8, got 4.*use `num_minibatches`"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, config, message):

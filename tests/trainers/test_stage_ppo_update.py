@@ -166,6 +166,15 @@ def test_presets_are_plain_configs(tmp_path):
         StagePPOConfig.preset("big", str(tmp_path))
 
 
+def test_how_many_iterations_a_run_has(tmp_path):
+    def iterations(**config):
+        return StagePPOConfig(
+            str(tmp_path), use_cpu=True, num_ppo_epochs=2, num_minibatches=3, **config
+        ).num_iterations
+
+    assert (iterations(num_train_epochs=5), iterations(num_train_epochs=1.5), iterations(max_steps=18)) == (5, 2, 3)
+
+
 def test_a_preset_lies_below_a_yaml_file_and_flags(tmp_path):
     (tmp_path / "run.yaml").write_text("gamma: 0.9\nnum_minibatches: 2\nuse_cpu: true\n")
     parser = TrlParser((StagePPOConfig,))

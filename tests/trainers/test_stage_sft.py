@@ -93,6 +93,13 @@ def test_chunks_repeat_the_last_action_and_stop_at_mistakes():
     assert mask.tolist() == [[True] * 3, [True, True, False], [True, False, False], [True] * 3, [True] * 3]
 
 
+@pytest.mark.parametrize("name", ["loss_type", "completion_only_loss", "eval_packing", "label_smoothing_factor"])
+def test_what_would_change_nothing_is_refused(tmp_path, name):
+    value = {"loss_type": "dft", "label_smoothing_factor": 0.1}.get(name, True)
+    with pytest.raises(ValueError, match=f"`{name}` must be .*, got {value!r}: it would change nothing"):
+        StageSFTConfig(str(tmp_path), use_cpu=True, **{name: value})
+
+
 def test_no_demonstrations_are_refused():
     with pytest.raises(ValueError, match="must hold a demonstration of StackCube-v1, got 0"):
         demonstration_dataset([], PLAN)

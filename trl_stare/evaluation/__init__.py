@@ -1,7 +1,7 @@
 """From a policy to a result: held-out rollouts, statistics, and what a reader gets to see."""
 
 from trl_stare.evaluation.blocks import play_in_blocks
-from trl_stare.evaluation.cards import PLAIN_PPO, card_template, publish_results, write_model_card
+from trl_stare.evaluation.cards import PLAIN_METHODS, card_template, publish_results, write_model_card
 from trl_stare.evaluation.comparison import CONDITIONS, Comparison, check_comparable, compare, comparison_table
 from trl_stare.evaluation.eval_info import (
     RULES,
@@ -55,7 +55,7 @@ from trl_stare.evaluation.videos import (
 )
 
 __all__ = [
-    "PLAIN_PPO",
+    "PLAIN_METHODS",
     "Evaluation",
     "html_page",
     "in_round",

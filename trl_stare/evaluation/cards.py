@@ -23,8 +23,11 @@ METHODS = {
 }
 """What each phase does, in the card's words. Of which policy is not said here: any phase may start from any checkpoint."""
 
-PLAIN_PPO = "PPO in the simulator, its rewards not shaped by stages."
-"""In the place of StA-PPO's sentence, for its baseline."""
+PLAIN_METHODS = {
+    "preference": "preference optimisation (TPO) on pairs of whole rollouts, not stage by stage.",
+    "interaction": "PPO in the simulator, its rewards not shaped by stages.",
+}
+"""In the place of those sentences, for baselines that know no stages."""
 
 TAGS = ("robotics", "reinforcement-learning", "vision-language-action", "trl", "stare")
 

@@ -12,6 +12,7 @@ from trl_stare.data.pairs import OBJECTIVES, STAGE_OBJECTIVES
 from trl_stare.losses import PREFERENCE_LOSSES
 from trl_stare.trainers._compat import start_deepspeed_on_cpu
 from trl_stare.trainers.processes import end_with_launcher
+from trl_stare.trainers.unused import refuse_unused
 
 SUMMED = ("sta-tpo-sum", "tpo-sum")
 """Objectives whose side has the sum of its steps' scores."""
@@ -158,9 +159,9 @@ class StageDPOConfig(DPOConfig):
         ):
             if not is_valid:
                 raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
-        for name, value in _UNUSED.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"`{name}` must be {value!r}, got {getattr(self, name)!r}: the stage loss has no such option. "
-                    f"Use `objective`, `beta`, `cost_coef` and `stage_weights`."
-                )
+        refuse_unused(self, _UNUSED, "Use `objective`, `beta`, `cost_coef` and `stage_weights`.")
+
+    @property
+    def stage_aware(self) -> bool:
+        """Whether stages are compared, and not whole trajectories."""
+        return self.objective in STAGE_OBJECTIVES

@@ -341,9 +341,11 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
         stages = chosen.new_tensor([self.stage_names.index(name) for name in inputs["stage_names"]])
         gains = [self.args.beta * (score - ref) for score, ref in zip((chosen, rejected), references, strict=True)]
         record = torch.stack([stages, losses, *gains, chosen, rejected, *costs], dim=1).detach()
-        self._records["train" if self.model.training else "eval"].append(
-            self.accelerator.gather_for_metrics(record).cpu()
-        )
+        mode, gather = "eval", self.accelerator.gather_for_metrics
+        if self.model.training:
+            # all batches of an update are fetched before the first is scored: each of an epoch's last would be cut as the last one is
+            mode, gather = "train", self.accelerator.gather
+        self._records[mode].append(gather(record).cpu())
         loss = losses.mean()
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from trl_stare.trainers.actor_critic import SIMULATOR_CRITICS
 from trl_stare.trainers.presets import PPO_PRESETS
 from trl_stare.trainers.processes import end_with_launcher, meet_anew_after_restart
 from trl_stare.trainers.rewards import REWARDS
+from trl_stare.trainers.unused import refuse_unused
 
 CRITICS = (*SIMULATOR_CRITICS, "hidden", "shared")
 ADVANTAGE_NORMS = ("rollout", "stage")
@@ -44,6 +46,12 @@ _NOT_NEGATIVE = (
     "value_learning_rate",
     "eval_temperature",
 )
+_UNUSED = {
+    "per_device_train_batch_size": 8,
+    "dataloader_drop_last": False,
+    "dataloader_num_workers": 0,
+    "label_smoothing_factor": 0.0,
+}
 _CHOICES = {
     "ratio_level": RATIO_LEVELS,
     "critic": CRITICS,
@@ -220,6 +228,11 @@ class StagePPOConfig(_BaseConfig):
         super().__post_init__()  # makes the process group
         start_deepspeed_on_cpu(self)
         self._check_sizes()
+        refuse_unused(
+            self,
+            _UNUSED,
+            "A batch is a part of a rollout: use `num_minibatches`, and `gradient_accumulation_steps` against too little memory.",
+        )
 
     def _check_sizes(self) -> None:
         if self.episodes_per_iteration < self.world_size:
@@ -248,6 +261,11 @@ class StagePPOConfig(_BaseConfig):
     def updates_per_iteration(self) -> int:
         """Optimizer steps of one PPO iteration."""
         return -(-self.num_ppo_epochs * self.num_minibatches // self.gradient_accumulation_steps)
+
+    @property
+    def num_iterations(self) -> int:
+        """PPO iterations of a run; the last has fewer updates if `num_train_epochs` is not whole."""
+        return self.max_steps // self.updates_per_iteration if self.max_steps > 0 else math.ceil(self.num_train_epochs)
 
     @classmethod
     def preset(cls, name: str, output_dir: str, **overrides: Any) -> StagePPOConfig:

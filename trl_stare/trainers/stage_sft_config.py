@@ -7,6 +7,17 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from trl_stare.trainers.processes import end_with_launcher
+from trl_stare.trainers.unused import refuse_unused
+
+_UNUSED = {
+    "loss_type": "nll",
+    "label_smoothing_factor": 0.0,
+    "completion_only_loss": None,
+    "assistant_only_loss": False,
+    "packing": False,
+    "eval_packing": None,
+    "padding_free": False,
+}
 
 
 @dataclass
@@ -41,3 +52,4 @@ class StageSFTConfig(SFTConfig):
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         end_with_launcher()
         super().__post_init__()
+        refuse_unused(self, _UNUSED, "A decision is trained by its policy's own loss, alone in its row.")
