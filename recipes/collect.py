@@ -53,7 +53,7 @@ class CollectArguments:
     )
     visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
     task_module: str | None = field(
-        default=None, metadata={"help": "Module, or its file, that registers tasks of your own."}
+        default=None, metadata={"help": "Module, or its file, that registers tasks and policies of your own."}
     )
 
 

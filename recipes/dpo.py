@@ -35,6 +35,7 @@ from trl_stare.data import (
 from trl_stare.data.hub import find_dataset
 from trl_stare.policies.adapters import whole_checkpoint
 from trl_stare.runs import last_checkpoint
+from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config
 
 logger = logging.getLogger("dpo")
@@ -52,6 +53,9 @@ class DPOArguments:
         default=None, metadata={"help": "Folder of their pairs (see `recipes/pairs.py`); default the repository's."}
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the dataset repository."})
+    task_module: str | None = field(
+        default=None, metadata={"help": "Module, or its file, that registers tasks and policies of your own."}
+    )
     unnorm_key: str | None = field(
         default=None, metadata={"help": "Which of the checkpoint's statistics; not needed where there is one."}
     )
@@ -59,6 +63,7 @@ class DPOArguments:
 
 def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) -> None:
     """Train, and save to `output_dir`."""
+    import_tasks(args.task_module)
     set_seed(config.seed)  # LoRA's first weights are random
     peft_config = get_policy_peft_config(model_args)
     first = PartialState().is_local_main_process

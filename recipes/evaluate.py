@@ -117,7 +117,7 @@ class EvaluateArguments:
         default=False, metadata={"help": "Put the results into the model card: the Hub's, or the folder's README.md."}
     )
     task_module: str | None = field(
-        default=None, metadata={"help": "Module, or its file, that registers tasks of your own."}
+        default=None, metadata={"help": "Module, or its file, that registers tasks and policies of your own."}
     )
 
     def __post_init__(self):

@@ -49,7 +49,7 @@ class InspectArguments:
     num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default as cores allow."})
     visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
     task_module: str | None = field(
-        default=None, metadata={"help": "Module, or its file, that registers tasks of your own."}
+        default=None, metadata={"help": "Module, or its file, that registers tasks and policies of your own."}
     )
 
     def __post_init__(self):

@@ -69,7 +69,7 @@ from trl_stare.evaluation import (
 from trl_stare.interfaces import ACTION_DIM
 from trl_stare.policies import norm_stats
 from trl_stare.policies.adapters import merge_checkpoint, whole_checkpoint
-from trl_stare.runs import Stopwatch, as_number, claim_folder, last_checkpoint, set_entries
+from trl_stare.runs import Stopwatch, as_number, claim_folder, last_checkpoint, make_config, set_entries
 from trl_stare.tasks import import_tasks
 
 logger = logging.getLogger("ipi")
@@ -84,12 +84,14 @@ class IPIArguments:
 
     output_dir: str = field(default="outputs/ipi", metadata={"help": "Where everything goes."})
     task: str = field(default="StackCube-v1", metadata={"help": "A registered task."})
-    task_module: str | None = field(default=None, metadata={"help": "Module or .py file of your own task."})
+    task_module: str | None = field(default=None, metadata={"help": "Module, or its file, of own tasks and policies."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
     phases: str = field(default=",".join(PHASES), metadata={"help": "Phases to run, in this order."})
     init_checkpoint: str | None = field(default=None, metadata={"help": "Start the first phase from this checkpoint."})
     num_demonstrations: int = field(default=200, metadata={"help": "Successful demonstrations to imitate."})
-    demonstration_noise: float = field(default=0.1, metadata={"help": "Noise on the demonstrator, controller units."})
+    demonstration_noise: float = field(
+        default=0.1, metadata={"help": "Share of the expert's steps that are mistakes."}
+    )
     preference_rounds: int = field(default=1, metadata={"help": "Times to do preference, on new rollouts each."})
     preference_starts: int = field(default=48, metadata={"help": "Initial states played for a round's pairs."})
     rollouts_per_start: int = field(default=6, metadata={"help": "Episodes per initial state."})
@@ -306,7 +308,7 @@ def evaluate_phase(
     write_model_card(
         out / phase, phase=phase, result=result, task=args.task, visuals=env.metadata["visuals"], started_from=started_from,
         method=None if getattr(config, "stage_aware", True) else PLAIN_METHODS[phase_turn(phase)[0]],
-        usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
+        usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')  # or its name on the Hub",
     )  # fmt: skip
     done = {"result": result.to_dict(), "history": training["history"], "pair_yield": training.get("pair_yield")}
     records.write(phase, done)
@@ -387,7 +389,7 @@ def trainer_config(args: IPIArguments, phase: str) -> Any:
             f"`{kind}` must not have a temperature of its own, got {own['temperature']}. Use `temperature`."
         )
     given |= {} if kind == "imitation" else {"temperature": args.temperature}
-    return cls(output_dir=str(Path(args.output_dir) / phase / "training"), **given)
+    return make_config(cls, kind, output_dir=str(Path(args.output_dir) / phase / "training"), **given)
 
 
 def lora_config(args: IPIArguments) -> LoraConfig | None:

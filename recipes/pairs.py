@@ -52,7 +52,7 @@ class PairsArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the choice where not all pairs are kept."})
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a repository."})
     task_module: str | None = field(
-        default=None, metadata={"help": "Module, or its file, that registers tasks of your own."}
+        default=None, metadata={"help": "Module, or its file, that registers tasks and policies of your own."}
     )
 
 

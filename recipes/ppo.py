@@ -62,7 +62,9 @@ class PPOArguments:
         default_factory=dict, metadata={"help": "Fields of StageSFTConfig for that imitation."}
     )
     task: str = field(default="StackCube-v1", metadata={"help": "A registered task."})
-    task_module: str | None = field(default=None, metadata={"help": "Module or .py file of your own task."})
+    task_module: str | None = field(
+        default=None, metadata={"help": "Module, or its file, of your own tasks and policies."}
+    )
     preset: str | None = field(
         default=None,
         metadata={
@@ -169,7 +171,7 @@ def report(args: PPOArguments, config: StagePPOConfig, trainer: StagePPOTrainer)
         visuals=env.metadata["visuals"],
         started_from=args.model or f"a small VLA that imitated {args.demonstrations} scripted demonstrations",
         method=None if config.stage_aware else PLAIN_METHODS["interaction"],
-        usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')",
+        usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')  # or its name on the Hub",
     )
     logger.info("success_once %.3f of %d held-out episodes", result.success_once, len(episodes))
 

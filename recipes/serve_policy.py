@@ -29,7 +29,9 @@ class ServeArguments:
 
     model: str = field(metadata={"help": "Checkpoint (folder or Hub id)."})
     task: str = field(metadata={"help": "Registered task: clients are told its instruction and control mode."})
-    task_module: str | None = field(default=None, metadata={"help": "Module or .py file of your own task."})
+    task_module: str | None = field(
+        default=None, metadata={"help": "Module, or its file, of your own tasks and policies."}
+    )
     policy: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "How the checkpoint is loaded: `unnorm_key`, `dtype`, fields of its configuration."},

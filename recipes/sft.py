@@ -58,7 +58,7 @@ class SFTArguments:
         metadata={"help": "Settings of such a checkpoint, e.g. `chunk_size`, `num_inference_steps`."},
     )
     task_module: str | None = field(
-        default=None, metadata={"help": "Module, or its file, that registers tasks of your own."}
+        default=None, metadata={"help": "Module, or its file, that registers tasks and policies of your own."}
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_stare.runs import Stopwatch, as_number, claim_folder, last_checkpoint, set_entries
+from trl_stare.runs import Stopwatch, as_number, claim_folder, last_checkpoint, make_config, set_entries
 
 
 @dataclass
@@ -129,3 +129,9 @@ def test_the_last_checkpoint_of_a_folder_that_rank_0_has_yet_to_make(tmp_path):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10"), "12 was cut off while it was saved"
+
+
+def test_a_wrong_name_of_a_setting_is_told_with_its_section():
+    assert make_config(Settings, "run", task="other") == Settings("other")
+    with pytest.raises(ValueError, match="`run` must hold fields of Settings, got 'tasks'. Did you mean 'task'?"):
+        make_config(Settings, "run", tasks="other")

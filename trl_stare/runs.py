@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import time
@@ -120,6 +121,26 @@ def set_entries(settings: Settings, flags: Sequence[str]) -> Settings:
             )
         sections[section][name] = yaml.safe_load(value)
     return settings
+
+
+def make_config(cls: type[Settings], section: str, **given: Any) -> Settings:
+    """`cls(**given)`, whose unknown names are refused as the user gave them.
+
+    Args:
+        cls (dataclass): a trainer's configuration. section (`str`): of the settings that `given` come from.
+
+    Raises:
+        ValueError: for a name that is no field; tells the nearest one.
+
+    Example: `learningrate: 1e-4` in the section `interaction` is answered by "Did you mean 'learning_rate'?".
+    """
+    known = [field.name for field in fields(cls) if field.init]
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"`{section}` must hold fields of {cls.__name__}, got {name!r}.{hint}")
+    return cls(**given)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -172,7 +172,7 @@ def page(found: Sequence[Finding], picture: str) -> str:
     """The table with what a reader must know. picture (`str`): where the figure is."""
     return f"""# Methods against each other, over training seeds
 
-Made of the queues' results by `python -m benchmarks.evidence.summary docs/evidence/*.json`; what each line is, [results](results.md) say.
+Made of the queues' results by `python -m benchmarks.evidence.summary docs/evidence/*.json`; [results.md](results.md) explains each line.
 
 ![What stages add to success, over the success of the policy that both methods begin from]({picture})
 

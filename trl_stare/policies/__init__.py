@@ -6,7 +6,7 @@ from trl_stare.policies.flow import FlowPolicy, FlowProcessor, create_tiny_pi0, 
 from trl_stare.policies.hf_vlm import HFVLMPolicy
 from trl_stare.policies.lerobot import load_lerobot_policy
 from trl_stare.policies.memory import MemoryEstimate
-from trl_stare.policies.normalization import ActionStatistics, BinnedActions, quantile_statistics
+from trl_stare.policies.normalization import ActionStatistics, BinnedActions, quantile_statistics, select_statistics
 from trl_stare.policies.openvla import (
     OpenVLAConfig,
     OpenVLAForActionPrediction,
@@ -47,4 +47,5 @@ __all__ = [
     "load_lerobot_policy",
     "norm_stats",
     "quantile_statistics",
+    "select_statistics",
 ]
