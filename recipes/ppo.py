@@ -39,6 +39,7 @@ from trl_stare.data import TrajectoryFolder, collect_dataset
 from trl_stare.evaluation import PLAIN_METHODS, write_episodes, write_model_card
 from trl_stare.policies import norm_stats
 from trl_stare.policies.adapters import whole_checkpoint
+from trl_stare.runs import set_entries
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config, preset_fields
 
@@ -51,7 +52,19 @@ NEW_IMAGE_SIZE = 64
 
 
 @dataclass
-class PPOArguments:
+class PresetArguments:
+    """What has to be known before a `StagePPOConfig` can be made."""
+
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Named settings below the file and the flags: 'rl4vla-7b', 'small-cpu', or 'small-cpu-rare' where hardly an episode succeeds yet."
+        },
+    )
+
+
+@dataclass
+class PPOArguments(PresetArguments):
     """What to train where; how is said by `StagePPOConfig`."""
 
     model: str | None = field(default=None, metadata={"help": "Checkpoint to start from (folder or Hub id)."})
@@ -64,12 +77,6 @@ class PPOArguments:
     task: str = field(default="StackCube-v1", metadata={"help": "A registered task."})
     task_module: str | None = field(
         default=None, metadata={"help": "Module, or its file, of your own tasks and policies."}
-    )
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Named settings below the file and the flags: 'rl4vla-7b', 'small-cpu', or 'small-cpu-rare' where hardly an episode succeeds yet."
-        },
     )
     unnorm_key: str | None = field(
         default=None, metadata={"help": "Which of the checkpoint's statistics; not needed where there is one."}
@@ -189,13 +196,21 @@ def make(args: PPOArguments, chunk_size: int, image_size: int | None) -> Any:
 
 
 def parse() -> tuple[PPOArguments, StagePPOConfig, ModelConfig]:
-    """`--config FILE`, flags over it, and the preset below both."""
+    """`--config FILE`, flags over it, and the preset below both.
+
+    Which preset is read first and alone: without it the other settings need not make a valid `StagePPOConfig`.
+    """
+    chosen, *_ = TrlParser(PresetArguments, add_help=False).parse_args_and_config(return_remaining_strings=True)
     parser = TrlParser((PPOArguments, StagePPOConfig, ModelConfig))
-    parsed = parser.parse_args_and_config()
-    if parsed[0].preset is not None:
-        parser.set_defaults(**preset_fields(parsed[0].preset))
-        parsed = parser.parse_args_and_config()
-    return parsed
+    if chosen.preset is not None:
+        parser.set_defaults(**preset_fields(chosen.preset))
+    args, config, model_args, flags = parser.parse_args_and_config(return_remaining_strings=True)
+    if config.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` must be false, got true: the policy will be in `output_dir`/policy, apart from its data. "
+            f"Train, then run: hf upload {config.hub_model_id or 'user/name'} {config.output_dir}/policy"
+        )
+    return set_entries(args, flags), config, model_args
 
 
 if __name__ == "__main__":

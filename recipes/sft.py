@@ -26,7 +26,8 @@ from trl_stare.data import TrajectoryFolder
 from trl_stare.policies import load_lerobot_policy, quantile_statistics
 from trl_stare.policies.adapters import merge_adapter, whole_checkpoint
 from trl_stare.policies.conventions import get_convention
-from trl_stare.runs import last_checkpoint
+from trl_stare.policies.pretrained import vla_settings
+from trl_stare.runs import last_checkpoint, set_entries
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config
 
@@ -95,15 +96,25 @@ def load(args: SFTArguments, model_args: ModelConfig, folder: Path) -> TokenPoli
         args.model, folder / "base", args.unnorm_key, revision=model_args.model_revision, **options
     )
     changes: dict[str, Any] = {"oft": args.oft} if args.oft else {}
-    if args.action_convention is not None:
-        changes["action_convention"] = args.action_convention
-    if args.new_statistics:
-        convention = args.action_convention or AutoConfig.from_pretrained(checkpoint).action_convention
-        changes["norm_stats"] = statistics_of(args, convention, "proprio")
+    if args.action_convention is not None or args.new_statistics:
+        changes |= changes_of_actions(args, AutoConfig.from_pretrained(checkpoint))
     key = None if args.new_statistics else args.unnorm_key
     policy = TokenPolicy.from_pretrained(checkpoint, key, **options, **changes)
     policy.keep_statistics()
     return policy
+
+
+def changes_of_actions(args: SFTArguments, config: Any) -> dict[str, Any]:
+    """How the checkpoint with this `config` is to act from now on: by another convention, or scaled by the demonstrations."""
+    settings = vla_settings(config)
+    if "action_convention" not in settings:
+        raise ValueError(
+            f"`model` must have an `action_convention`, got a {config.model_type!r} without. Leave out `action_convention` and "
+            "`new_statistics`."
+        )
+    convention = args.action_convention or settings["action_convention"]
+    statistics = {"norm_stats": statistics_of(args, convention, "proprio")} if args.new_statistics else {}
+    return {"action_convention": convention} | statistics
 
 
 def statistics_of(args: SFTArguments, convention: str, state_key: str) -> dict[str, Any]:
@@ -116,5 +127,12 @@ def statistics_of(args: SFTArguments, convention: str, state_key: str) -> dict[s
     return {shown[0].task: {"action": actions, state_key: state}}
 
 
+def parse() -> tuple[SFTArguments, StageSFTConfig, ModelConfig]:
+    """`--config FILE` and flags over it, also of the entries of `oft` and `lerobot`: `--oft.chunk_size 8`."""
+    parser = TrlParser((SFTArguments, StageSFTConfig, ModelConfig))
+    args, config, model_args, flags = parser.parse_args_and_config(return_remaining_strings=True)
+    return set_entries(args, flags), config, model_args
+
+
 if __name__ == "__main__":
-    main(*TrlParser((SFTArguments, StageSFTConfig, ModelConfig)).parse_args_and_config())
+    main(*parse())

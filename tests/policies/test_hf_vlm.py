@@ -2,48 +2,23 @@
 
 import pytest
 import torch
+from hf_vlm_toy import IMAGE, TEXT, VISION, make_llava, make_llava_vla
 from openvla_toy import OPENVLA_STATS, make_obs
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForImageTextToText,
     BatchFeature,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    SiglipImageProcessor,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
 
-from trl_stare.policies import HFVLMPolicy
+from trl_stare.policies import HFVLMPolicy, TokenPolicy
 from trl_stare.policies.conformance import PolicyConformance
-from trl_stare.policies.tiny.processing import build_tokenizer
 
-TEXT = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "intermediate_size": 96,
-    "vocab_size": 512,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-}
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 28,
-    "patch_size": 14,
-    "vision_use_head": False,
-    "initializer_range": 0.2,
-}
-IMAGE = 511
 QWEN_TEXT = {k: v for k, v in TEXT.items() if k != "head_dim"} | {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 }
@@ -89,14 +64,6 @@ class Processor:
 
     def save_pretrained(self, folder):
         pass
-
-
-def make_llava():
-    config = {"text_config": {"model_type": "llama", **TEXT}, "image_token_index": IMAGE, "image_seq_length": 4}
-    vision = {"model_type": "siglip_vision_model", **VISION}
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, vision_feature_select_strategy="full", **config)
-    )
 
 
 def make_smolvlm():
@@ -174,25 +141,7 @@ class TestLlavaWithItsOwnProcessorAndAppendedTokens(PolicyConformance):
 
     @pytest.fixture(scope="class")
     def policy(self):
-        torch.manual_seed(0)
-        tokenizer = build_tokenizer(0, 0)
-        model = make_llava()
-        model.config.image_token_id = model.config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
-        processor = LlavaProcessor(
-            image_processor=SiglipImageProcessor(size={"height": 28, "width": 28}),
-            tokenizer=tokenizer,
-            patch_size=14,
-            vision_feature_select_strategy="full",
-            image_token="<image>",
-        )
-        return HFVLMPolicy.create(
-            model.eval(),
-            processor,
-            norm_stats=OPENVLA_STATS,
-            prompt="<s><image>{instruction}",
-            num_bins=21,
-            chunk_size=2,
-        )
+        return make_llava_vla()
 
     def test_tokens_were_appended(self, policy):
         ids = policy.processor.tokenizer.convert_tokens_to_ids(["<action_0>", "<action_20>"])
@@ -230,3 +179,21 @@ def test_image_tokens_cannot_be_truncated():
     lost = make_policy(make_llava, "llava", 0)
     with pytest.raises(ValueError, match=r"placeholders in every row, got \[0\]"):
         lost.prepare(make_obs("stack"))
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])
+def test_entries_of_vla_are_changed_as_fields_of_a_config_are_and_other_statistics_forgotten(tmp_path, adapter):
+    folder = tmp_path / "whole"
+    make_llava_vla(another=OPENVLA_STATS["bridge_orig"]).save_pretrained(folder)
+    if adapter:
+        policy, folder = TokenPolicy.from_pretrained(folder, "another"), tmp_path / "adapter"
+        policy.model = get_peft_model(policy.model, LoraConfig(r=2, target_modules=["q_proj"]))
+        policy.save_pretrained(folder)
+    loaded = TokenPolicy.from_pretrained(folder, "another", action_convention="bridge")
+    opened = loaded.decode(torch.full((1, 14), 20))[..., 6]
+    assert opened.unique().tolist() == [1.0] and loaded.prompt == "<s><image>{instruction}"
+    loaded.keep_statistics()
+    loaded.save_pretrained(tmp_path / "kept")
+    kept = TokenPolicy.from_pretrained(tmp_path / "kept")
+    assert kept.unnorm_key == "another" and kept.model.config.vla == loaded.model.config.vla
+    assert kept.model.config.vla["action_convention"] == "bridge"

@@ -1,5 +1,9 @@
 """The small VLA behind the policy protocol: bins, sampling, scoring, saving."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_stare.interfaces import Observation, VLAPolicy
 from trl_stare.policies import ActionBins, StareVLAPolicy, TokenPolicy, norm_stats
-from trl_stare.policies.adapters import whole_checkpoint
+from trl_stare.policies.adapters import MERGED_FROM, whole_checkpoint
 
 STATS = {
     "StackCube-v1": {
@@ -197,14 +201,20 @@ def test_masked_tokens_and_weights_do_what_they_say():
     torch.testing.assert_close(weighted, first, atol=1e-5, rtol=1e-5)
 
 
+def save_adapter(folder: Path, base: Path) -> TokenPolicy:
+    """A LoRA of random weights on the checkpoint `base`."""
+    policy = TokenPolicy.from_pretrained(base)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    policy.model = get_peft_model(policy.model, lora)
+    policy.save_pretrained(folder)
+    return policy
+
+
 def test_an_adapter_s_whole_checkpoint_acts_as_it_does_and_can_be_trained(tmp_path):
     policy = make_policy()
     policy.save_pretrained(tmp_path / "base")
     assert whole_checkpoint(tmp_path / "base", tmp_path / "merged") == tmp_path / "base"
-    adapted = TokenPolicy.from_pretrained(tmp_path / "base")
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    adapted.model = get_peft_model(adapted.model, lora)
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted = save_adapter(tmp_path / "adapter", tmp_path / "base")
     for _ in range(2):  # the second time it is there
         assert whole_checkpoint(tmp_path / "adapter", tmp_path / "merged") == tmp_path / "merged"
     whole = TokenPolicy.from_pretrained(tmp_path / "merged")
@@ -213,6 +223,77 @@ def test_an_adapter_s_whole_checkpoint_acts_as_it_does_and_can_be_trained(tmp_pa
     torch.testing.assert_close(whole.score(inputs, trace), adapted.score(inputs, trace), atol=1e-4, rtol=1e-4)
     assert (whole.score(inputs, trace) - policy.score(inputs, trace)).abs().max() > 1e-2
     assert all(parameter.requires_grad for parameter in whole.model.parameters())
+
+
+@pytest.fixture
+def two_adapters(tmp_path) -> tuple[Path, Path, Path]:
+    """Two adapters of the same settings with other weights, and where the first is merged."""
+    make_policy().save_pretrained(tmp_path / "base")
+    for name in ("first", "second"):  # one after the other: random weights
+        save_adapter(tmp_path / name, tmp_path / "base")
+    merged = whole_checkpoint(tmp_path / "first", tmp_path / "merged", dtype="float32", attn_implementation="eager")
+    return tmp_path / "first", tmp_path / "second", merged
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_what_was_merged_from_another_adapter_is_refused(two_adapters):
+    first, second, merged = two_adapters
+    before = weights_of(merged)
+    with pytest.raises(
+        ValueError, match=r"merged from `.*second`, got one with other \['adapter_model.safetensors'\]"
+    ):
+        whole_checkpoint(second, merged, dtype="float32")
+    with pytest.raises(ValueError, match=r"with other \['dtype'\]. Use another `output_dir`"):
+        whole_checkpoint(first, merged, dtype="bfloat16")
+    settings = json.loads((first / "adapter_config.json").read_text())
+    (first / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
+    with pytest.raises(ValueError, match=r"with other \['lora_alpha'\]"):
+        whole_checkpoint(first, merged, dtype="float32")
+    shutil.rmtree(first)
+    shutil.move(second, first)  # trained anew
+    with pytest.raises(ValueError, match=r"with other \['adapter_model.safetensors'\]"):
+        whole_checkpoint(first, merged, dtype="float32")
+    assert weights_of(merged) == before
+    assert weights_of(whole_checkpoint(first, merged.with_name("other"), dtype="float32")) != before
+
+
+def test_what_was_merged_from_the_same_adapter_is_taken_also_if_that_was_saved_again(two_adapters):
+    first, _, merged = two_adapters
+    settings = json.loads((first / "adapter_config.json").read_text())
+    settings["target_modules"].reverse()  # PEFT writes them in the order of a set
+    (first / "adapter_config.json").write_text(json.dumps(settings))
+    before = (merged / "model.safetensors").stat().st_mtime_ns
+    assert whole_checkpoint(first, merged, dtype="float32", attn_implementation="sdpa") == merged
+    assert (merged / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_what_does_not_say_of_what_it_was_merged_is_refused(two_adapters):
+    first, _, merged = two_adapters
+    (merged / MERGED_FROM).unlink()
+    with pytest.raises(ValueError, match=f"got one without {MERGED_FROM}"):
+        whole_checkpoint(first, merged, dtype="float32")
+
+
+def test_an_interrupted_merge_is_not_taken_for_a_finished_one(two_adapters, monkeypatch):
+    first, second, merged = two_adapters
+    folder, part = merged.with_name("again"), merged.with_name("again.part")
+    save = TokenPolicy.save_pretrained
+
+    def killed(policy, folder):
+        save(policy, folder)
+        (folder / "of_the_first.json").touch()
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(TokenPolicy, "save_pretrained", killed)
+        whole_checkpoint(first, folder)
+    assert part.exists() and not folder.exists()
+    assert whole_checkpoint(second, folder) == folder
+    assert not part.exists() and not (folder / "of_the_first.json").exists()
+    assert weights_of(folder) == weights_of(whole_checkpoint(second, folder.with_name("fresh")))
 
 
 def test_mask_and_weights_are_taken_to_where_the_model_is(monkeypatch):

@@ -17,6 +17,7 @@ from trl_stare import StagePPOConfig, TokenPolicy
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "recipes" / "configs" / "ppo_smoke.yaml"
+BRIDGE = ROOT / "recipes" / "configs" / "openvla_7b_bridge_ppo.yaml"
 CPU2 = ROOT / "recipes" / "accelerate" / "cpu2.yaml"
 
 
@@ -41,6 +42,54 @@ def test_the_smoke_configuration_and_flags_over_it(recipe):
 def test_a_checkpoint_or_demonstrations_but_not_both(recipe, flags):
     with pytest.raises(ValueError, match="one of `model` and `demonstrations` must be given"):
         parse(recipe, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "max_steps", "updates"),
+    [
+        (["--preset", "rl4vla-7b", "--max_steps", "64"], 64, 32),
+        (["--config", str(BRIDGE), "--max_steps", "48"], 48, 24),
+        (["--config", str(BRIDGE), "--preset", "small-cpu", "--max_steps", "144"], 144, 72),
+    ],
+)
+def test_settings_are_checked_over_the_preset_and_not_before(recipe, monkeypatch, tmp_path, flags, max_steps, updates):
+    """Without the preset an iteration has 48 updates, and 72 with the file; the preset of a flag goes before the file's."""
+    given = ["--model", "policy", "--output_dir", str(tmp_path), "--use_cpu", "True", *flags]
+    monkeypatch.setattr(sys, "argv", ["ppo.py", *given])
+    args, config, _ = recipe.parse()
+    assert (args.model, config.max_steps, config.updates_per_iteration) == ("policy", max_steps, updates)
+
+
+def test_entries_of_imitation_are_flags_and_a_push_that_would_publish_the_data_is_refused(
+    recipe, monkeypatch, tmp_path
+):
+    given = ["ppo.py", "--demonstrations", "4", "--output_dir", str(tmp_path), "--use_cpu", "True"]
+    monkeypatch.setattr(sys, "argv", [*given, "--imitation.max_steps", "3"])
+    assert recipe.parse()[0].imitation == {"max_steps": 3}
+    monkeypatch.setattr(sys, "argv", [*given, "--push_to_hub", "true", "--hub_model_id", "user/vla"])
+    with pytest.raises(ValueError, match=f"hf upload user/vla {tmp_path}/policy"):
+        recipe.parse()
+    monkeypatch.setattr(sys, "argv", [*given, "--learningrate", "3"])
+    with pytest.raises(ValueError, match="unknown flag '--learningrate'"):
+        recipe.parse()
+
+
+def test_help_shows_the_fields_of_the_trainer_too(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        recipe.parse()
+    shown = capsys.readouterr().out
+    assert "--preset" in shown and "--episodes_per_iteration" in shown and "--lora_r" in shown
+
+
+def test_an_unknown_preset_and_steps_that_do_not_fit_it_are_refused(recipe, monkeypatch, tmp_path):
+    given = ["ppo.py", "--model", "policy", "--output_dir", str(tmp_path), "--use_cpu", "True"]
+    monkeypatch.setattr(sys, "argv", [*given, "--preset", "big"])
+    with pytest.raises(ValueError, match="`preset` must be one of"):
+        recipe.parse()
+    monkeypatch.setattr(sys, "argv", [*given, "--preset", "rl4vla-7b", "--max_steps", "48"])
+    with pytest.raises(ValueError, match="whole iterations of 32 updates, got 48"):
+        recipe.parse()
 
 
 @pytest.mark.parametrize(("flags", "size"), [([], 16), (["--image_size", "32"], 32)])

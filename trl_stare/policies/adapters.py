@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,17 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
 
 from trl_stare.interfaces import ADAPTER_CONFIG_NAME
-from trl_stare.policies.pretrained import PretrainedPolicy
+from trl_stare.policies.pretrained import WHERE, PretrainedPolicy
+
+MERGED_FROM = "merged_from.json"
+"""What a folder of [`whole_checkpoint`] was merged from: the adapter's settings, SHA-256 of its files, how it was loaded."""
+_NOT_OF_THE_WEIGHTS = (*WHERE, "attn_implementation", "device_map")
+"""Loading options that leave the weights as they are."""
 
 
 def merge_adapter(model: Any) -> Any:
@@ -71,7 +79,8 @@ def whole_checkpoint(
     would take the place of the old.
 
     Args:
-        checkpoint (`str` or `Path`): a folder or a Hub id. folder (`str` or `Path`): where what is merged is kept, written once.
+        checkpoint (`str` or `Path`): a folder or a Hub id. folder (`str` or `Path`): where what is merged is kept, written once, with
+            a note of what it was merged from.
         unnorm_key (`str`, *optional*), loading: for [`PretrainedPolicy.from_pretrained`]. revision (`str`, *optional*): on the Hub.
 
     All processes must call, unless `checkpoint` is a folder of whole weights.
@@ -80,7 +89,8 @@ def whole_checkpoint(
         `Path`: the checkpoint's own folder, its download, or `folder`.
 
     Raises:
-        ValueError: of an adapter under ZeRO-3, where no process has all weights.
+        ValueError: of an adapter under ZeRO-3, where no process has all weights; or if `folder` was merged from another adapter, or
+            with other `loading`: names what differs.
     """
     folder = Path(folder)
     if Path(checkpoint).is_dir() and find_adapter_config_file(checkpoint) is None:
@@ -94,9 +104,48 @@ def whole_checkpoint(
             raise ValueError(
                 f"`{checkpoint}` must hold whole weights under ZeRO-3, got an adapter. Merge it by `merge_checkpoint` first."
             )
-        if not folder.exists():
-            policy = PretrainedPolicy.from_pretrained(checkpoint, unnorm_key, **loading)
-            policy.model = merge_adapter(policy.model)
-            policy.save_pretrained(folder.with_suffix(".part"))
-            folder.with_suffix(".part").rename(folder)
+        sources = _sources(Path(checkpoint), loading)
+        if folder.exists():
+            _require_sources(folder, sources, checkpoint)
+            return folder
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)  # of an interrupted merge, perhaps of another adapter
+        policy = PretrainedPolicy.from_pretrained(checkpoint, unnorm_key, **loading)
+        policy.model = merge_adapter(policy.model)
+        policy.save_pretrained(part)
+        (part / MERGED_FROM).write_text(json.dumps(sources, indent=2, sort_keys=True))
+        part.rename(folder)
     return folder
+
+
+def _sources(checkpoint: Path, loading: dict[str, Any]) -> dict[str, Any]:
+    """What decides about the merged weights, in plain values: settings of the adapter (its base is one), file digests, options.
+
+    The weights of the base are not read: an adapter is of those that it was trained on.
+    """
+    settings = json.loads((checkpoint / CONFIG_NAME).read_text())
+    # PEFT keeps names in sets: saved again, they stand in another order
+    sources = {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in settings.items()}
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
+        if (checkpoint / name).exists():
+            with open(checkpoint / name, "rb") as file:
+                sources[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    given = {name: value for name, value in loading.items() if value is not None}
+    sources |= {name: value for name, value in given.items() if name not in _NOT_OF_THE_WEIGHTS}
+    return json.loads(json.dumps(sources, default=str))  # as it is read back: a dtype is its name
+
+
+def _require_sources(folder: Path, sources: dict[str, Any], checkpoint: str | Path) -> None:
+    file = folder / MERGED_FROM
+    if not file.exists():
+        raise ValueError(
+            f"`{folder}` must be new or say what it was merged from, got one without {MERGED_FROM}. Use another `output_dir`; "
+            f"if you know that it was `{checkpoint}`, delete the folder and continue: it is merged again."
+        )
+    before = json.loads(file.read_text())
+    changed = sorted(name for name in before.keys() | sources.keys() if before.get(name) != sources.get(name))
+    if changed:
+        raise ValueError(
+            f"`{folder}` must be new or merged from `{checkpoint}`, got one with other {changed}. Use another `output_dir`, or "
+            "the same checkpoint and settings to continue."
+        )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
 from trl_stare.interfaces import ADAPTER_CONFIG_NAME
 
@@ -43,8 +43,8 @@ class PretrainedPolicy:
         Args:
             folder (`str`): saved by [`save_pretrained`], with or without a PEFT adapter, or published, such as `openvla/openvla-7b`.
             unnorm_key (`str`, *optional*): which statistics to use; may be left out where the checkpoint has only one.
-            kwargs: for `from_pretrained` of the model, e.g. `dtype`; fields of its config are changed. The processor comes from
-                the same `revision`.
+            kwargs: for `from_pretrained` of the model, e.g. `dtype`; fields of its config, and entries of its `config.vla`, are
+                changed. The processor comes from the same `revision`.
 
         Raises:
             ValueError: the checkpoint is not a VLA, or `unnorm_key` is unknown (lists the known ones).
@@ -73,8 +73,8 @@ class PretrainedPolicy:
 
     def keep_statistics(self) -> None:
         """Forget all statistics but those in use: what is then saved loads without an `unnorm_key`."""
-        config = self.model.config
-        config.norm_stats = {self.unnorm_key: config.norm_stats[self.unnorm_key]}
+        settings = vla_settings(self.model.config)
+        settings["norm_stats"] = {self.unnorm_key: settings["norm_stats"][self.unnorm_key]}
 
     @property
     def image_size(self) -> int | None:
@@ -91,11 +91,31 @@ class PretrainedPolicy:
         return next(self.model.parameters()).device
 
 
+def vla_settings(config: Any) -> dict[str, Any]:
+    """What makes a VLA of a model, by name, e.g. `norm_stats`; what is changed here is changed in `config`.
+
+    Args:
+        config (`PreTrainedConfig`): has it among its own fields, or in `vla` where any vision-language model was made a VLA.
+    """
+    return getattr(config, "vla", None) or vars(config)
+
+
 def load_model(folder: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForImageTextToText.from_pretrained`, but an adapter that came with a config of its own keeps it."""
+    """`AutoModelForImageTextToText.from_pretrained`, but an adapter that came with a config of its own keeps it.
+
+    Entries of `config.vla` are changed by their names, as fields of a config are.
+    """
     where = _where(kwargs)
-    if cached_file(folder, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where) is not None:
-        config = AutoConfig.from_pretrained(folder, _configuration_file=ADAPTER_CONFIG_NAME, **where)
+    names = (ADAPTER_CONFIG_NAME, CONFIG_NAME)
+    stored = [
+        name for name in names if cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **where)
+    ]
+    if stored:  # an adapter of somebody else's has the config of its base
+        config = AutoConfig.from_pretrained(folder, _configuration_file=stored[0], **where)
+        vla = getattr(config, "vla", None) or {}
+        if changes := {name: kwargs.pop(name) for name in vla.keys() & kwargs.keys()}:
+            kwargs["vla"] = vla | changes
+    if ADAPTER_CONFIG_NAME in stored:
         for name in [name for name in kwargs if name != "dtype" and hasattr(config, name)]:
             setattr(config, name, kwargs.pop(name))
         kwargs["config"] = config
