@@ -44,3 +44,18 @@ def test_it_learns_two_actions(policy):
 def test_it_is_found_by_its_model_type(policy, tmp_path):
     policy.save_pretrained(tmp_path)
     assert type(TokenPolicy.from_pretrained(tmp_path)) is page.MyPolicy
+
+
+def test_recipes_keep_the_only_statistics_without_being_told_their_name(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    loaded = TokenPolicy.from_pretrained(tmp_path)
+    loaded.keep_statistics()
+    assert loaded.model.config.norm_stats == page.STATISTICS and loaded.unnorm_key == "my_robot"
+
+
+def test_a_model_whose_module_was_not_imported_says_so(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "nobodys_vla"}')
+    with pytest.raises(
+        ValueError, match="`model_type` is registered.*import its module first, in recipes by `--task_module`"
+    ):
+        TokenPolicy.from_pretrained(tmp_path)

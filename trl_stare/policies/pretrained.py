@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import CONFIG_NAME, cached_file
 
 from trl_stare.interfaces import ADAPTER_CONFIG_NAME
+from trl_stare.policies.normalization import select_statistics
 
 WHERE = ("revision", "token", "cache_dir", "local_files_only")
 """What says where on the Hub files are: of the model, its config and the processor alike."""
@@ -47,9 +48,18 @@ class PretrainedPolicy:
                 changed. The processor comes from the same `revision`.
 
         Raises:
-            ValueError: the checkpoint is not a VLA, or `unnorm_key` is unknown (lists the known ones).
+            ValueError: the checkpoint is not a VLA, its `model_type` is registered nowhere, or `unnorm_key` is unknown (lists the
+                known ones).
         """
-        model = load_model(folder, **kwargs)
+        try:
+            model = load_model(folder, **kwargs)
+        except ValueError as error:
+            if "does not recognize this architecture" not in str(error):
+                raise
+            raise ValueError(
+                f"`{folder}` must hold a model whose `model_type` is registered, got one that is not. If it is your own, import its "
+                "module first, in recipes by `--task_module`: see docs/own_vla.md."
+            ) from error
         config = model.config
         kind = "hf_vlm" if getattr(config, "vla", None) else getattr(config, "policy_type", config.model_type)
         policy_class = cls._classes.get(kind)
@@ -74,7 +84,8 @@ class PretrainedPolicy:
     def keep_statistics(self) -> None:
         """Forget all statistics but those in use: what is then saved loads without an `unnorm_key`."""
         settings = vla_settings(self.model.config)
-        settings["norm_stats"] = {self.unnorm_key: settings["norm_stats"][self.unnorm_key]}
+        key = select_statistics(settings["norm_stats"], self.unnorm_key)
+        settings["norm_stats"] = {key: settings["norm_stats"][key]}
 
     @property
     def image_size(self) -> int | None:
