@@ -15,7 +15,7 @@ The same command with the same `--output_dir` continues where it stopped.
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
@@ -34,7 +34,7 @@ from trl_stare.data import (
 )
 from trl_stare.data.hub import find_dataset
 from trl_stare.policies.adapters import whole_checkpoint
-from trl_stare.runs import last_checkpoint
+from trl_stare.runs import claim_checkpoint
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config
 
@@ -85,7 +85,9 @@ def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) ->
             check_traces(episodes, policy)
             pairs_dataset(episodes, load_pairs(preferences), file=rows)
     trainer = StageDPOTrainer(policy, config, Dataset.from_file(str(rows)), peft_config=peft_config)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_checkpoint(config.output_dir))
+    settings = asdict(args) | {"model_revision": model_args.model_revision}
+    checkpoint = claim_checkpoint(config.output_dir, settings, free=("task_module",))
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or checkpoint)
     trainer.save_model(config.output_dir)
     trainer.end()
 

@@ -13,7 +13,7 @@ The trained policy is in `OUTPUT_DIR/policy`, with its evaluation on its card; t
 
 import logging
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from trl_stare.data import TrajectoryFolder, collect_dataset
 from trl_stare.evaluation import PLAIN_METHODS, write_episodes, write_model_card
 from trl_stare.policies import norm_stats
 from trl_stare.policies.adapters import whole_checkpoint
-from trl_stare.runs import set_entries
+from trl_stare.runs import claim_checkpoint, set_entries
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config, preset_fields
 
@@ -49,6 +49,8 @@ logger = logging.getLogger("ppo")
 EVAL_SEEDS, DEMO_SEEDS, TRAIN_SEEDS = 0, 100_000, 300_000
 NEW_IMAGE_SIZE = 64
 """Pixels of a side of the pictures of a new small VLA."""
+FREE = ("eval_episodes", "num_envs", "num_workers", "task_module")
+"""May differ when a run is continued."""
 
 
 @dataclass
@@ -113,6 +115,7 @@ def main(args: PPOArguments, config: StagePPOConfig, model_args: ModelConfig) ->
     held_out = Dataset.from_dict({"seed": range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes)})
     with closing(make(args, policy.chunk_size, args.image_size or policy.image_size)) as env:
         trainer = StagePPOTrainer(policy, config, env, plan, starts, held_out)
+        claim_checkpoint(out, asdict(args) | {"model_revision": model_args.model_revision}, free=FREE)
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or True)
         if trainer.is_finished:
             trainer.save_model(str(out / "policy"))

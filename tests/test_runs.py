@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_stare.runs import Stopwatch, as_number, claim_folder, last_checkpoint, make_config, set_entries
+from trl_stare.runs import (
+    Stopwatch,
+    as_number,
+    claim_checkpoint,
+    claim_folder,
+    last_checkpoint,
+    make_config,
+    set_entries,
+)
 
 
 @dataclass
@@ -135,3 +143,15 @@ def test_a_wrong_name_of_a_setting_is_told_with_its_section():
     assert make_config(Settings, "run", task="other") == Settings("other")
     with pytest.raises(ValueError, match="`run` must hold fields of Settings, got 'tasks'. Did you mean 'task'?"):
         make_config(Settings, "run", tasks="other")
+
+
+def test_a_checkpoint_is_continued_by_its_own_settings_only(tmp_path):
+    """Another model in the same `output_dir` once went on from the first one's checkpoint without a word."""
+    assert claim_checkpoint(tmp_path, {"model": "a"}) is None
+    assert claim_checkpoint(tmp_path, {"model": "b"}) is None  # nothing came of the first
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config.yaml has other \['model'\]"):
+        claim_checkpoint(tmp_path, {"model": "a"})
+    assert claim_checkpoint(tmp_path, {"model": "b"}) == str(tmp_path / "checkpoint-3")
+    assert claim_checkpoint(tmp_path, {"model": "b", "seed": 1}, free=("seed",)) == str(tmp_path / "checkpoint-3")

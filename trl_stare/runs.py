@@ -45,8 +45,12 @@ def claim_folder(folder: str | Path, settings: Mapping[str, Any], *, free: Colle
                 "Use another `output_dir`, or the same settings to continue."
             )
     if before != settings:
-        write_atomically(file, yaml.safe_dump(dict(settings), sort_keys=False))
+        _write_settings(file, settings)
     return folder
+
+
+def _write_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    write_atomically(file, yaml.safe_dump(dict(settings), sort_keys=False))
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -152,3 +156,22 @@ def last_checkpoint(folder: str | Path) -> str | None:
     """
     whole = [file.parent for file in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def claim_checkpoint(folder: str | Path, settings: Mapping[str, Any], *, free: Collection[str] = ()) -> str | None:
+    """The newest whole checkpoint in a trainer's output folder, if it is of a run with these settings; `None` for a new run.
+
+    Only a checkpoint makes a folder somebody's: a run that died without one, or was refused, may be begun with other settings.
+
+    Args:
+        folder (`str` or `Path`), settings (`Mapping`), free (`Collection[str]`): as in [`claim_folder`], which notes the settings.
+
+    Raises:
+        ValueError: if the checkpoint is of other settings; names them.
+    """
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        _write_settings(Path(folder) / "config.yaml", settings)
+    else:
+        claim_folder(folder, settings, free=free)
+    return checkpoint
