@@ -59,6 +59,7 @@ def test_every_setting_is_one_of_the_trainer(name, tmp_path):
     StagePPOConfig.preset("small-cpu", str(tmp_path), **settings)
 
 
+@pytest.mark.slow
 def test_it_measures_a_checkpoint_and_continues(run_script, tmp_path, capsys):
     torch.manual_seed(0)
     stats = {"action": {"scale": [1.0] * 7}, "state": {"mean": [0.0] * 8, "std": [1.0] * 8}}
