@@ -89,9 +89,7 @@ class IPIArguments:
     phases: str = field(default=",".join(PHASES), metadata={"help": "Phases to run, in this order."})
     init_checkpoint: str | None = field(default=None, metadata={"help": "Start the first phase from this checkpoint."})
     num_demonstrations: int = field(default=200, metadata={"help": "Successful demonstrations to imitate."})
-    demonstration_noise: float = field(
-        default=0.1, metadata={"help": "Share of the expert's steps that are mistakes."}
-    )
+    demonstration_noise: float = field(default=0.1, metadata={"help": "Share of expert steps that are mistakes."})
     preference_rounds: int = field(default=1, metadata={"help": "Times to do preference, on new rollouts each."})
     preference_starts: int = field(default=48, metadata={"help": "Initial states played for a round's pairs."})
     rollouts_per_start: int = field(default=6, metadata={"help": "Episodes per initial state."})

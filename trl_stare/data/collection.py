@@ -66,7 +66,7 @@ def collect_dataset(
     The dataset holds every seed's episodes one after another: with `episodes_per_seed` 3, rows 0 to 2 are of `first_seed`,
     rows 3 to 5 of the next. Each is there exactly once, however often the collection was interrupted. Its randomness depends
     on what it was played beside (interruptions, `env.num_envs`, workers): only an uninterrupted call repeats itself exactly.
-    An episode that the simulator spoils with a value that is not finite is left out, which is logged, and another is played.
+    An episode that the simulator spoils (a value is not finite) is left out, which is logged, and another is played.
 
     Args:
         env (`VectorEnv`): where.
@@ -76,8 +76,7 @@ def collect_dataset(
         plan ([`StagePlan`]): labels the stages.
         episodes (`int`): how many; more than before extends a finished collection.
         episodes_per_seed (`int`): episodes from each initial state; preference pairs need several.
-        first_seed (`int`): the first episode's seed.
-        seed (`int`): of the actors' randomness.
+        first_seed (`int`): the first episode's seed. seed (`int`): of the actors' randomness.
         successes_only (`bool`): keep successful episodes only, and play as many seeds as that takes.
         name (`str`): who acted, as stored.
         settings (`Mapping`, *optional*): what else the episodes depend on; stored with them.
@@ -90,8 +89,7 @@ def collect_dataset(
     Raises:
         ValueError: for numbers that are not positive, several episodes per seed with `successes_only`, or other settings than
             those that `folder` was collected with.
-        RuntimeError: if fewer than one episode in twenty can be kept: successes with `successes_only`, else all that the
-            simulator did not spoil.
+        RuntimeError: if fewer than one episode in twenty can be kept: succeeds, with `successes_only`, or was not spoiled.
     """
     _check_counts(episodes, episodes_per_seed, successes_only)
     own = {"policy": name, "first_seed": first_seed, "seed": seed, "successes_only": successes_only}

@@ -43,9 +43,8 @@ def make_env(
     Args:
         task (`str`): a registered name, e.g. `"StackCube-v1"`.
         num_envs (`int`): `N`.
-        num_workers (`int`, *optional*): processes that share the environments evenly. The default on the CPU is as many as there
-            are cores for, e.g. 8 for 16 environments on twelve cores. 0 keeps them in this process, all that CUDA (ManiSkill's GPU
-            simulation) allows: with more `device` is the CPU.
+        num_workers (`int`, *optional*): processes that share the environments evenly; default on the CPU as cores allow, 8 for 16
+            environments on twelve. 0: in this process, all that CUDA (ManiSkill's GPU simulation) allows; with more it is the CPU.
         chunk_size (`int`): `C`, environment steps per decision.
         image_size (`int`, *optional*): height and width of the images, pixels. Default is the task's own: 64 for the Panda's,
             480 x 640 for SimplerEnv's. Square images of the latter are the whole picture, squashed, as OpenVLA's are.
