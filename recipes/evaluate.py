@@ -52,7 +52,7 @@ from trl_stare.evaluation import (
     write_played,
     write_robustness,
 )
-from trl_stare.evaluation.records import write_atomically
+from trl_stare.files import write_atomically
 from trl_stare.interfaces import NOMINAL
 from trl_stare.runs import Stopwatch, claim_folder, set_entries
 from trl_stare.tasks import import_tasks

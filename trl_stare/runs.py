@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import time
@@ -15,7 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
-from trl_stare.evaluation.records import write_atomically
+from trl_stare.files import write_atomically
+from trl_stare.names import nearest_hint
 
 logger = logging.getLogger(__name__)
 
@@ -141,9 +141,9 @@ def make_config(cls: type[Settings], section: str, **given: Any) -> Settings:
     known = [field.name for field in fields(cls) if field.init]
     for name in given:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"`{section}` must hold fields of {cls.__name__}, got {name!r}.{hint}")
+            raise ValueError(
+                f"`{section}` must hold fields of {cls.__name__}, got {name!r}.{nearest_hint(name, known)}"
+            )
     return cls(**given)
 
 

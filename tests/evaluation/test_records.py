@@ -7,7 +7,6 @@ import torch
 
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.evaluation import EpisodeResult, PhaseResult, paired, read_episodes, write_episodes
-from trl_stare.evaluation.records import write_atomically
 from trl_stare.stages import Segment, Stage, StagePlan, succeeded
 
 PLAN = StagePlan(
@@ -150,10 +149,3 @@ def test_pairing_follows_the_seeds_not_the_order():
 def test_other_seeds_are_not_paired(a, b, message):
     with pytest.raises(ValueError, match=message):
         paired(a, b)
-
-
-def test_writing_replaces_a_file_as_a_whole(tmp_path):
-    path = tmp_path / "x.txt"
-    write_atomically(path, "one")
-    write_atomically(path, "two")
-    assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from trl_stare.data.parquet import finish_folder
 from trl_stare.data.rollout import stream
 from trl_stare.data.schema import merge_trajectories, save_trajectories, stored_settings
 from trl_stare.data.trajectory import Trajectory
+from trl_stare.files import write_atomically
 from trl_stare.interfaces import EpisodeStart, VectorEnv, VoidEpisode
 from trl_stare.stages import StagePlan
 
@@ -260,10 +260,7 @@ class _Ledger:
 
     def _begin(self) -> None:
         if not self._settings.exists():
-            self.partial.mkdir(parents=True, exist_ok=True)
-            new = self._settings.with_suffix(".new")  # half a file could not be read ever after
-            new.write_text(json.dumps(self.metadata))
-            os.replace(new, self._settings)
+            write_atomically(self._settings, json.dumps(self.metadata))
 
     def merge(self, episodes: int) -> None:
         """Make one dataset of the first `episodes` episodes, those merged before first, and tidy up."""

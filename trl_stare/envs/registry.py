@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trl_stare.interfaces import Signals
+from trl_stare.names import nearest_hint
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,7 @@ def get_simulated_task(name: str) -> SimulatedTask:
         ValueError: if `name` is unknown; lists the known names and the nearest one.
     """
     if name not in _TASKS:
-        nearest = difflib.get_close_matches(name, _TASKS, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(
-            f"`task` must be one of {sorted(_TASKS)}, got {name!r}.{hint} Use `register_task` for a task of your own."
+            f"`task` must be one of {sorted(_TASKS)}, got {name!r}.{nearest_hint(name, _TASKS)} Use `register_task` for a task of your own."
         )
     return _TASKS[name]

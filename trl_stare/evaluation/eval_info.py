@@ -11,9 +11,10 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from trl_stare.evaluation.played import PlayedEpisode, counted
-from trl_stare.evaluation.records import EpisodeResult, write_atomically
+from trl_stare.evaluation.records import EpisodeResult
 from trl_stare.evaluation.report import compact_json, format_seeds, markdown_table, package_versions
 from trl_stare.evaluation.statistics import Proportion, format_rate
+from trl_stare.files import write_atomically
 from trl_stare.interfaces import NOMINAL
 from trl_stare.stages import stage_success
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_stare.evaluation.records import write_atomically
+from trl_stare.files import write_atomically
 
 PHASES = ("imitation", "preference", "interaction")
 """The phases of a run, in order. What is done in rounds is `preference`, `preference-2`, `preference-3`, ..."""

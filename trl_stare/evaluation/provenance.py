@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from trl_stare.data.actors import SCRIPTED
+from trl_stare.files import file_digest
 
 SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py")
 """What a policy is made of. Cards, logs and training states do not decide how it acts."""
@@ -82,6 +82,5 @@ def file_digests(folder: str | Path) -> dict[str, str]:
     digests = {}
     for path in sorted(Path(folder).iterdir()):
         if path.is_file() and path.suffix in SUFFIXES:
-            with open(path, "rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[path.name] = file_digest(path)
     return digests

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.evaluation.statistics import Proportion
+from trl_stare.files import write_atomically
 from trl_stare.stages import Segment, StagePlan, segment, stage_success
 
 
@@ -241,15 +241,3 @@ def read_episodes(path: str | os.PathLike) -> list[EpisodeResult]:
                 f"{line[:80]!r}. Delete the file and evaluate again."
             ) from error
     return episodes
-
-
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Write `text` to `path` so that a crash leaves the old file or the new one, never a part; several processes may at once."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{token_hex(4)}.partial")  # of this process alone
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,8 +13,9 @@ from typing import Any
 
 from trl_stare.evaluation.phases import PHASES, phase_order
 from trl_stare.evaluation.plots import History, plot_report, run_title
-from trl_stare.evaluation.records import EpisodeResult, PhaseResult, paired, write_atomically
+from trl_stare.evaluation.records import EpisodeResult, PhaseResult, paired
 from trl_stare.evaluation.statistics import format_rate, mcnemar_exact
+from trl_stare.files import write_atomically
 
 PACKAGES = (
     "trl_stare",

@@ -16,9 +16,9 @@ from PIL import Image
 
 from trl_stare.evaluation.comparison import Comparison, compare
 from trl_stare.evaluation.played import PlayedEpisode
-from trl_stare.evaluation.records import write_atomically
 from trl_stare.evaluation.report import compact_json, markdown_table
 from trl_stare.evaluation.statistics import holm
+from trl_stare.files import write_atomically
 from trl_stare.interfaces import NOMINAL
 
 FILE = "robustness.json"

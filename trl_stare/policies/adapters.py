@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
 
+from trl_stare.files import file_digest
 from trl_stare.interfaces import ADAPTER_CONFIG_NAME
 from trl_stare.policies.pretrained import WHERE, PretrainedPolicy
 
@@ -128,8 +128,7 @@ def _sources(checkpoint: Path, loading: dict[str, Any]) -> dict[str, Any]:
     sources = {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in settings.items()}
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
         if (checkpoint / name).exists():
-            with open(checkpoint / name, "rb") as file:
-                sources[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            sources[name] = file_digest(checkpoint / name)
     given = {name: value for name, value in loading.items() if value is not None}
     sources |= {name: value for name, value in given.items() if name not in _NOT_OF_THE_WEIGHTS}
     return json.loads(json.dumps(sources, default=str))  # as it is read back: a dtype is its name

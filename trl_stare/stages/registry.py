@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from trl_stare.names import nearest_hint
 from trl_stare.stages.spec import StagePlan
 
 _PLANS: dict[str, StagePlan] = {}
@@ -23,10 +22,8 @@ def get_plan(task: str) -> StagePlan:
     Example: `get_plan("StackCube-v1").names` is `("Reach", "Grasp", "Transport", "Stack")`.
     """
     if task not in _PLANS:
-        nearest = difflib.get_close_matches(task, _PLANS, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(
-            f"`task` must be one with a stage plan, {sorted(_PLANS)}, got {task!r}.{hint} "
+            f"`task` must be one with a stage plan, {sorted(_PLANS)}, got {task!r}.{nearest_hint(task, _PLANS)} "
             f"Use `register_plan` for a plan of your own."
         )
     return _PLANS[task]

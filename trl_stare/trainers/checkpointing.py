@@ -8,7 +8,6 @@ beside its place, described by a manifest, and then renamed.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,8 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from trl_stare.files import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def write_manifest(folder: str | Path, **facts: Any) -> None:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE):
         _to_disk(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     manifest = folder / MANIFEST_FILE
     manifest.write_text(json.dumps({**facts, "files": files}, indent=1) + "\n")
     for path in (manifest, *(path for path in folder.rglob("*") if path.is_dir()), folder):
@@ -224,12 +225,7 @@ def _file_problem(path: Path, name: str, listed: dict[str, Any]) -> str | None:
         return f"{name} is missing"
     if path.stat().st_size != listed["bytes"]:
         return f"{name} has {path.stat().st_size} bytes instead of {listed['bytes']}"
-    return None if _sha256(path) == listed["sha256"] else f"{name} differs from its SHA-256"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None if file_digest(path) == listed["sha256"] else f"{name} differs from its SHA-256"
 
 
 def _to_disk(path: Path) -> None:

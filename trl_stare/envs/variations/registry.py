@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from trl_stare.envs.registry import SimulatedTask
 from trl_stare.interfaces import NOMINAL
+from trl_stare.names import nearest_hint
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def get_variation(name: str) -> Variation:
         ValueError: if `name` is unknown; lists the known names and the nearest one.
     """
     if name not in _VARIATIONS:
-        nearest = difflib.get_close_matches(name, _VARIATIONS, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"`variation` must be one of {', '.join(_VARIATIONS)}, got {name!r}.{hint}")
+        raise ValueError(
+            f"`variation` must be one of {', '.join(_VARIATIONS)}, got {name!r}.{nearest_hint(name, _VARIATIONS)}"
+        )
     return _VARIATIONS[name]
 
 
