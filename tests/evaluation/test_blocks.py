@@ -80,6 +80,9 @@ def test_suites():
     assert all(get_plan(task) for task in suite_tasks("maniskill_panda"))
     with pytest.raises(ValueError, match="comma list of different tasks"):
         suite_tasks("PushCube-v1,PushCube-v1")
+    with pytest.raises(ValueError, match="got 'simpler'. Did you mean 'simpler_widowx'?"):
+        suite_tasks("simpler")
+    assert suite_tasks("LiftPegUpright-v1") == ("LiftPegUpright-v1",)
 
 
 def test_episodes_that_would_repeat_each_other_are_refused():

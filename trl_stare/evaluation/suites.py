@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from trl_stare.names import nearest_hint
+
 SUITES: dict[str, tuple[str, ...]] = {
     "simpler_widowx": (
         "PutCarrotOnPlateInScene-v1",
@@ -36,13 +38,18 @@ def suite_tasks(suite: str) -> tuple[str, ...]:
     """The tasks of a named suite, or of a comma list.
 
     Raises:
-        ValueError: if the list is empty or repeats a task.
+        ValueError: if the list is empty or repeats a task, or is one name that is nearly a suite's.
 
     Example: `suite_tasks("PushCube-v1,PullCube-v1")` is `("PushCube-v1", "PullCube-v1")`.
     """
-    tasks = SUITES.get(suite) or tuple(re.split(r"\s*,\s*", suite.strip()))
-    if not all(tasks) or len(set(tasks)) != len(tasks):
-        raise ValueError(f"`suite` must be one of {sorted(SUITES)} or a comma list of different tasks, got {suite!r}.")
+    if suite in SUITES:
+        return SUITES[suite]
+    tasks = tuple(re.split(r"\s*,\s*", suite.strip()))
+    misspelt = nearest_hint(suite, SUITES) if len(tasks) == 1 else ""
+    if not all(tasks) or len(set(tasks)) != len(tasks) or misspelt:
+        raise ValueError(
+            f"`suite` must be one of {sorted(SUITES)} or a comma list of different tasks, got {suite!r}.{misspelt}"
+        )
     return tasks
 
 
