@@ -10,11 +10,20 @@ into the dataset's card when the pairs are pushed (`recipes/push_to_hub.py`).
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trl import TrlParser
 
 from trl_stare import get_plan
-from trl_stare.data import TrajectoryFolder, build_pairs, format_yield, save_pairs, validate_dataset
+from trl_stare.data import (
+    TrajectoryFolder,
+    build_pairs,
+    check_labels,
+    format_yield,
+    relabel_dataset,
+    save_pairs,
+    validate_dataset,
+)
 from trl_stare.data.hub import find_dataset
 from trl_stare.data.pairs import save_yield
 from trl_stare.tasks import import_tasks
@@ -49,6 +58,12 @@ class PairsArguments:
     fill_to: int | None = field(
         default=None, metadata={"help": "With `fill`: at least this many, also of whole trajectories."}
     )
+    relabel: bool = field(
+        default=False,
+        metadata={
+            "help": "Label the stages of the trajectories anew, by the task's plan as it is now; needs a folder."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the choice where not all pairs are kept."})
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a repository."})
     task_module: str | None = field(
@@ -60,11 +75,20 @@ def main(args: PairsArguments) -> None:
     """Compare every two episodes from one start, and store the pairs with their yield."""
     import_tasks(args.task_module)
     folder, _ = find_dataset(args.trajectories, revision=args.revision)
+    if args.relabel and folder != Path(args.trajectories):
+        raise ValueError(
+            f"`trajectories` must be a folder for `relabel`, got a repository, {args.trajectories}. Download it."
+        )
     validate_dataset(folder)
     trajectories = TrajectoryFolder(folder, images=False)
+    plan = get_plan(trajectories[0].task)
+    if args.relabel:
+        relabel_dataset(folder, plan)
+        trajectories = TrajectoryFolder(folder, images=False)
+    check_labels(folder, plan)
     pairs = build_pairs(
         trajectories,
-        get_plan(trajectories[0].task),
+        plan,
         objective=args.objective,
         both_passed=args.both_passed,
         min_cost_gap=args.min_cost_gap,

@@ -5,6 +5,7 @@ import shutil
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,14 @@ import torch
 from filelock import FileLock
 
 from trl_stare.actors import load_actor
-from trl_stare.data import collect_dataset, load_trajectories, stored_settings
+from trl_stare.data import (
+    check_labels,
+    collect_dataset,
+    load_trajectories,
+    relabel_dataset,
+    save_pairs,
+    stored_settings,
+)
 from trl_stare.data.actors import Decision, policy_actor
 from trl_stare.envs import make_env
 from trl_stare.interfaces import VoidEpisode
@@ -112,8 +120,48 @@ def test_a_second_process_waits_and_then_finds_it_done(env, tmp_path, caplog):
 
 def test_other_settings_are_refused(env, tmp_path):
     collected(env, tmp_path / "demos", 2)
-    with pytest.raises(ValueError, match=r"must be new or of the same collection, got .*demos.* with other \['collec"):
-        collected(env, tmp_path / "demos", 3, noise=0.5)
+    with pytest.raises(
+        ValueError,
+        match=r"of the same collection, got .*demos, collected with noise 0.0, not 0.5; seed 0, not 7\. Give",
+    ):
+        collected(env, tmp_path / "demos", 3, noise=0.5, seed=7)
+
+
+def test_what_is_no_collection_is_refused_before_anything_is_played(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").touch()
+    save_pairs([], tmp_path / "pairs")
+    for name, message in (
+        ("mine", r"'README.md'\]. Move them away"),
+        ("pairs", "got .*pairs with other data: .* no column 'id'"),
+    ):
+        env = SpoiledEnv()
+        with pytest.raises(ValueError, match=message):
+            collect_dataset(env, lambda _: to_the_middle, tmp_path / name, TOY_PLAN, episodes=2)
+        assert env.played == []
+
+
+def test_a_collection_of_another_plan_is_continued_once_it_is_labelled_anew(tmp_path):
+    def collect(plan, episodes, **options):
+        make = {"episodes": episodes, "progress": False, **options}
+        return collect_dataset(ToyEnv(2), lambda _: to_the_middle, tmp_path / "rollouts", plan, **make)
+
+    def interrupt(trajectory):
+        raise Interrupted
+
+    other = replace(TOY_PLAN, stages=tuple(replace(one, cost_scale=2 * one.scale) for one in TOY_PLAN.stages))
+    with pytest.raises(FileNotFoundError, match="must hold a collection, got .*rollouts"):
+        relabel_dataset(tmp_path / "rollouts", other)
+    collect(TOY_PLAN, 2)
+    with pytest.raises(Interrupted):
+        collect(TOY_PLAN, 4, on_episode=interrupt)
+    with pytest.raises(ValueError, match=r"rollouts.*, row 0 must be labelled by the plan of .* got `segments`"):
+        collect(other, 4)
+    before = load_trajectories(tmp_path / "rollouts")
+    relabel_dataset(tmp_path / "rollouts", other)
+    after = load_trajectories(collect(other, 4))
+    assert [one.seed for one in after] == [0, 1, 2, 3] and torch.equal(after[0].images, before[0].images)
+    check_labels(tmp_path / "rollouts", other)
 
 
 def test_several_episodes_per_seed_each_exactly_once(env, tmp_path):
@@ -155,12 +203,12 @@ def test_what_was_tidied_up_too_late_is_not_taken_twice(env, tmp_path):
 
 def test_a_kill_between_taking_the_old_dataset_away_and_putting_the_new_in_its_place(env, tmp_path, monkeypatch):
     collected(env, tmp_path / "demos", 2)
-    replace = os.replace
+    put = os.replace
 
     def killed(source, target):
         if str(source).endswith(".new") and Path(target).name == "demos":
             raise Interrupted
-        replace(source, target)
+        put(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import load_dataset
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, HfApi
 from PIL import Image
 
 from trl_stare.data.hub import download_dataset, find_dataset, push_dataset
@@ -111,12 +111,20 @@ def test_pushing_again_makes_no_commit_and_uploads_nothing(hub, client, folders,
 
 def test_new_data_replace_the_old_in_one_commit(hub, client, folders, repo_id, episode, tmp_path):
     client(push_dataset, *folders, repo_id)
+    client(add_notes, repo_id, "trajectories/NOTES.md")
     save_episodes(tmp_path, episode, count=4)
     client(push_dataset, tmp_path / "rollouts", None, repo_id)
-    before, after = (set(commit["files"]) for commit in hub.repos[repo_id]["commits"][1:])
+    before, after = (set(commit["files"]) for commit in hub.repos[repo_id]["commits"][2:])
     assert before - after == {"preferences/train-00000-of-00001.parquet", "preferences_yield.json"}
-    assert after == {"README.md", "stages.png", "trajectories/train-00000-of-00001.parquet"}
+    assert after == {
+        "README.md", "stages.png", "trajectories/NOTES.md", "trajectories/train-00000-of-00001.parquet",
+    }  # fmt: skip
     assert len(load_trajectories(client(download_dataset, repo_id) / "trajectories")) == 4
+
+
+def add_notes(repo_id: str, path: str) -> None:
+    """A file of the owner's beside the data."""
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo=path, repo_id=repo_id, repo_type="dataset")
 
 
 def test_a_lost_answer_makes_no_second_commit(hub, client, folders, repo_id):

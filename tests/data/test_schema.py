@@ -115,6 +115,19 @@ def test_saving_refuses_what_it_cannot_keep(tmp_path, episode):
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
+def test_one_kind_of_data_does_not_replace_the_other(tmp_path, episode):
+    """Pairs that were written over the rollouts they are of once left nothing of these."""
+    save_trajectories([episode(3)], tmp_path / "rollouts", PLAN)
+    with pytest.raises(
+        ValueError, match="`folder` must be new or .* train-00000-of-00001.parquet has no column 'stage_name'"
+    ):
+        save_pairs([PAIR], tmp_path / "rollouts")
+    save_pairs([PAIR], tmp_path / "pairs")
+    with pytest.raises(ValueError, match="has no column 'id'"):
+        save_trajectories([episode(3)], tmp_path / "pairs", PLAN)
+    assert len(load_trajectories(tmp_path / "rollouts")) == len(load_pairs(tmp_path / "pairs")) == 1
+
+
 PAIR = StagePair("StackCube-v1", "stack", 3, 1, "Grasp", 0, 1, 2, 5, 1, 6, 0.1, 1 / 3, "passed")
 
 

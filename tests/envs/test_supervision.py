@@ -199,17 +199,21 @@ def test_a_replacement_that_is_not_where_the_episodes_were_is_replaced_too(tmp_p
 
 def test_void_episodes_are_told_of_and_the_others_stay():
     told, timing = [], Timing()
-    with closing(spoiled({4: 0, 5: 13})) as env:
+    with closing(
+        spoiled({4: 0, 5: 13, 7: 0})
+    ) as env:  # 7 follows 3, which has just ended: it is told of in the same step
         with pytest.raises(
             ValueError,
             match=r"`signals\['object_position'\]` of task 'StackCube-v1' .* not at step 13 of seed 5",
         ):
             collect(env, chance(), [3, 5], name="chance")
-        played = collect(env, chance(), STARTS, name="chance", on_void=lambda *void: told.append(void), timing=timing)
-    assert [t.seed for t in played] == [3, 6, 7] and all(t.num_steps == 50 for t in played)
+        starts = [*STARTS, 8]
+        played = collect(env, chance(), starts, name="chance", on_void=lambda *void: told.append(void), timing=timing)
+    assert [t.seed for t in played] == [3, 6, 8] and all(t.num_steps == 50 for t in played)
     assert sorted((start.seed, void.step, void.what) for start, void in told) == [
         (4, 0, "signals['object_position']"),
         (5, 13, "signals['object_position']"),
+        (7, 0, "signals['object_position']"),
     ]
     assert all(torch.isfinite(value).all() for t in played for value in t.signals.values())
     # one process: what it does not simulate or render, it acts or keeps books

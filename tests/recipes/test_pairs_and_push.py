@@ -4,12 +4,13 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from trl_stare.data import Trajectory, load_pairs, save_trajectories
+from trl_stare.data import Trajectory, load_pairs, save_trajectories, validate_dataset
 from trl_stare.data.pairs import load_yield
 from trl_stare.stages import get_plan
 
@@ -32,7 +33,7 @@ def push(*flags, **environment) -> subprocess.CompletedProcess:
     )
 
 
-def save_rollouts(folder, seeds) -> None:
+def save_rollouts(folder, seeds, plan=PLAN) -> None:
     """An episode of four steps per seed: the gripper comes to the cube, each time from farther away, and stays there."""
     episodes = []
     for number, seed in enumerate(seeds):
@@ -62,7 +63,7 @@ def save_rollouts(folder, seeds) -> None:
             truncated=True,
         )
         episodes.append(episode)
-    save_trajectories(episodes, folder, PLAN)
+    save_trajectories(episodes, folder, plan)
 
 
 def test_from_trajectories_to_the_hub(run_script, tmp_path, caplog):
@@ -104,6 +105,17 @@ def test_from_trajectories_to_the_hub(run_script, tmp_path, caplog):
             "push_to_hub: the Hub must know who asks for `user/toy`, got the token in the variable" in refused.stderr
         )
         assert "Traceback" not in refused.stderr and "hf_other" not in refused.stderr
+
+
+def test_episodes_labelled_by_another_plan_are_labelled_anew_when_asked(run_script, tmp_path):
+    reach, *rest = PLAN.stages
+    earlier = replace(PLAN, stages=(replace(reach, cost_scale=2 * reach.scale), *rest))
+    save_rollouts(tmp_path / "rollouts", seeds=[5, 5], plan=earlier)
+    flags = ("--trajectories", tmp_path / "rollouts", "--output_dir", tmp_path / "pairs", "--min_cost_gap", 0)
+    with pytest.raises(ValueError, match="recipes/pairs.py --relabel true"):
+        run_script("recipes/pairs.py", *flags)
+    run_script("recipes/pairs.py", *flags, "--relabel", "true")
+    validate_dataset(tmp_path / "rollouts", tmp_path / "pairs")
 
 
 def test_no_pair_is_said_and_nothing_written(run_script, tmp_path):

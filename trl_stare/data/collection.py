@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import reprlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,10 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from trl_stare.data.actors import Actor
-from trl_stare.data.parquet import finish_folder
+from trl_stare.data.labels import check_labels, relabel_folder
+from trl_stare.data.parquet import check_replaceable, finish_folder
 from trl_stare.data.rollout import stream
-from trl_stare.data.schema import merge_trajectories, save_trajectories, stored_settings
+from trl_stare.data.schema import TRAJECTORY_FEATURES, merge_trajectories, save_trajectories, stored_settings
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.files import write_atomically
 from trl_stare.interfaces import EpisodeStart, VectorEnv, VoidEpisode
@@ -87,8 +89,8 @@ def collect_dataset(
         `Path`: `folder`, which [`load_trajectories`] and `datasets.load_dataset` read.
 
     Raises:
-        ValueError: for numbers that are not positive, several episodes per seed with `successes_only`, or other settings than
-            those that `folder` was collected with.
+        ValueError: for numbers that are not positive, several episodes per seed with `successes_only`, other settings or another
+            `plan` than those that `folder` was collected with, or if it holds anything but a collection.
         RuntimeError: if fewer than one episode in twenty can be kept: succeeds, with `successes_only`, or was not spoiled.
     """
     _check_counts(episodes, episodes_per_seed, successes_only)
@@ -96,6 +98,8 @@ def collect_dataset(
     own |= {"episodes_per_seed": episodes_per_seed} | dict(settings or {})
     with _alone(Path(folder)):
         ledger = _Ledger(Path(folder), dict(env.metadata) | {"collection": own})
+        for part in _parts(ledger.folder):
+            check_labels(part, plan)
         there = min(len(ledger.kept), episodes)
         with tqdm(total=episodes, initial=there, desc=ledger.folder.name, unit="episode", disable=not progress) as bar:
             for trajectory in _play_missing(ledger, env, make_actor, plan, episodes=episodes, seed=seed, name=name):
@@ -105,6 +109,38 @@ def collect_dataset(
         if ledger.single:
             ledger.merge(episodes)
     return ledger.folder
+
+
+def relabel_dataset(folder: str | Path, plan: StagePlan) -> None:
+    """Label the stages of a collection anew, finished or not, by `plan` as it is now; all else stays as it was recorded.
+
+    Pairs of its episodes are to be made again afterwards, where stages begin and end elsewhere.
+
+    Args:
+        folder (`str` or `Path`): what [`collect_dataset`] or [`save_trajectories`] wrote. A file is in memory at a time.
+        plan ([`StagePlan`]): of the episodes' task.
+
+    Raises:
+        FileNotFoundError: if there is no collection.
+        ValueError: if a signal that the plan reads was not recorded.
+    """
+    folder = Path(folder)
+    if not (parts := _parts(folder)):
+        raise FileNotFoundError(
+            f"`folder` must hold a collection, got {folder}. Collect episodes by recipes/collect.py."
+        )
+    with _alone(folder):
+        for part in parts:
+            relabel_folder(part, plan)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The folders that a collection's episodes lie in: its own, and one for each that was finished since."""
+    return [*([folder] if folder.exists() else []), *sorted(_partial(folder).glob("[0-9]*-[0-9]*"))]
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def _play_missing(
@@ -181,7 +217,7 @@ class _Ledger:
     """
 
     def __init__(self, folder: Path, metadata: Mapping[str, Any]):
-        self.folder, self.partial = folder, folder.with_name(f".{folder.name}.partial")
+        self.folder, self.partial = folder, _partial(folder)
         # as it comes back from a file: tuples are lists
         self.metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata), default=str))
         own = self.metadata["collection"]
@@ -189,6 +225,7 @@ class _Ledger:
             own[name] for name in ("first_seed", "episodes_per_seed", "successes_only")
         )
         finish_folder(folder)
+        check_replaceable(folder, TRAJECTORY_FEATURES)
         seeds, notes = stored_settings(folder) if folder.exists() else ([], [])
         self._settings, self._vain = self.partial / "settings.json", self.partial / "in_vain.txt"
         for note in [*notes, *([json.loads(self._settings.read_text())] if self._settings.exists() else [])]:
@@ -273,9 +310,14 @@ class _Ledger:
         return self.partial / f"{key.seed}-{key.repeat}"
 
     def _compare(self, note: Mapping[str, Any]) -> None:
-        changed = sorted(key for key in note | self.metadata if note.get(key) != self.metadata.get(key))
+        before, now = (settings | settings.get("collection", {}) for settings in (note, self.metadata))
+        changed = [
+            f"{name} {reprlib.repr(before.get(name))}, not {reprlib.repr(now.get(name))}"
+            for name in sorted((before.keys() | now.keys()) - {"collection"})
+            if before.get(name) != now.get(name)
+        ]
         if changed:
             raise ValueError(
-                f"`folder` must be new or of the same collection, got {self.folder}, collected with other {changed}. "
+                f"`folder` must be new or of the same collection, got {self.folder}, collected with {'; '.join(changed)}. "
                 "Give another folder, or the same settings to continue."
             )

@@ -192,8 +192,12 @@ def _changes(
     tree = api.list_repo_tree(repo_id, repo_type="dataset", revision=revision, recursive=True)
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     new = [file for path, file in files.items() if path not in there or not _is_same(file, there[path])]
-    ours = (f"{TRAJECTORIES}/", f"{PREFERENCES}/", YIELD)
-    old = [path for path in there if path.startswith(ours) and path not in files]
+    ours = (f"{TRAJECTORIES}/", f"{PREFERENCES}/")
+    old = [
+        path
+        for path in there.keys() - files.keys()
+        if path == YIELD or (path.startswith(ours) and path.endswith(".parquet"))
+    ]
     return [*new, *(CommitOperationDelete(path_in_repo=path) for path in old)]
 
 

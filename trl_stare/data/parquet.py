@@ -22,18 +22,16 @@ ROWS_PER_GROUP = 4
 """Rows that are read at once. Small, as one episode is asked for at a time; a footer grows with the number of groups."""
 
 
-def write_folder(folder: Path, shards: Iterable[pa.Table], num_shards: int, *, row_group_size: int) -> None:
+def write_folder(
+    folder: Path, shards: Iterable[pa.Table], num_shards: int, features: Features, *, row_group_size: int
+) -> None:
     """Write a parquet file per shard beside `folder`, then put the new folder in the old one's place.
 
     Raises:
-        ValueError: if `folder` holds anything but parquet files.
+        ValueError: as [`check_replaceable`].
     """
-    strangers = [path.name for path in folder.iterdir() if path.suffix != ".parquet"] if folder.exists() else []
-    if strangers:
-        raise ValueError(
-            f"`folder` must hold nothing but parquet files, got {folder} with {strangers[:3]}. Give another."
-        )
     finish_folder(folder)
+    check_replaceable(folder, features)
     new, old = _beside(folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -46,6 +44,28 @@ def write_folder(folder: Path, shards: Iterable[pa.Table], num_shards: int, *, r
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, features: Features) -> None:
+    """See that `folder`, if there is one, holds data of the kind that is to take its place, and nothing else: it will be gone.
+
+    Raises:
+        ValueError: if it holds other files, or parquet files without the columns of `features`.
+    """
+    files = sorted(folder.iterdir()) if folder.exists() else []
+    strangers = [path.name for path in files if path.suffix != ".parquet"]
+    if strangers:
+        raise ValueError(
+            f"`folder` must hold nothing but parquet files, got {folder} with {strangers[:3]}. Move them away, or give another."
+        )
+    for file in files:
+        with open_file(file) as source:
+            missing = [name for name in features if name not in source.schema_arrow.names]
+        if missing:
+            raise ValueError(
+                f"`folder` must be new or hold what is to be replaced, got {folder} with other data: {file.name} has no column "
+                f"{missing[0]!r}. Give another."
+            )
 
 
 def finish_folder(folder: Path) -> None:

@@ -31,6 +31,7 @@ from trl_stare.data.parquet import (
     write_folder,
 )
 from trl_stare.data.trajectory import Trajectory
+from trl_stare.interfaces import Signals
 from trl_stare.stages import StagePlan, segment
 
 SIGNAL_PREFIX = "signal."
@@ -113,8 +114,8 @@ def save_trajectories(
         metadata (`Mapping[str, Any]`, *optional*): what the simulator was ([`VectorEnv`]'s `metadata`), kept as JSON.
 
     Raises:
-        ValueError: if there is no episode, one has a `prefix`, signals differ or cannot be stored, or `folder` holds other
-            files.
+        ValueError: if there is no episode, one has a `prefix`, signals differ or cannot be stored, or `folder` holds anything
+            but trajectories.
     """
     if not trajectories:
         raise ValueError("`trajectories` must hold at least one episode, got none. Collect some first.")
@@ -131,7 +132,7 @@ def save_trajectories(
         )
         for start in starts
     )
-    write_folder(Path(folder), shards, len(starts), row_group_size=ROWS_PER_GROUP)
+    write_folder(Path(folder), shards, len(starts), TRAJECTORY_FEATURES, row_group_size=ROWS_PER_GROUP)
 
 
 def merge_trajectories(sources: Sequence[str | Path], folder: str | Path, *, episodes: int) -> None:
@@ -147,7 +148,8 @@ def merge_trajectories(sources: Sequence[str | Path], folder: str | Path, *, epi
     if found < episodes:
         raise ValueError(f"`sources` must hold at least {episodes} episodes, got {found}.")
     num_shards = -(-episodes // EPISODES_PER_SHARD)
-    write_folder(Path(folder), _merged_shards(files, episodes), num_shards, row_group_size=ROWS_PER_GROUP)
+    shards = _merged_shards(files, episodes)
+    write_folder(Path(folder), shards, num_shards, TRAJECTORY_FEATURES, row_group_size=ROWS_PER_GROUP)
 
 
 def _merged_shards(files: Sequence[Path], episodes: int) -> Iterator[pa.Table]:
@@ -192,14 +194,14 @@ def save_pairs(pairs: Sequence[StagePair], folder: str | Path) -> None:
     """Write pairs to `folder`, all or nothing. `chosen` and `rejected` are rows of the trajectories they came from.
 
     Raises:
-        ValueError: if `folder` holds other files.
+        ValueError: if `folder` holds anything but pairs.
     """
     starts = range(0, max(len(pairs), 1), PAIRS_PER_SHARD)
     shards = (
         to_table([asdict(pair) for pair in pairs[start : start + PAIRS_PER_SHARD]], PREFERENCE_FEATURES)
         for start in starts
     )
-    write_folder(Path(folder), shards, len(starts), row_group_size=PAIRS_PER_SHARD)
+    write_folder(Path(folder), shards, len(starts), PREFERENCE_FEATURES, row_group_size=PAIRS_PER_SHARD)
 
 
 def load_pairs(folder: str | Path) -> tuple[StagePair, ...]:
@@ -261,9 +263,6 @@ def _to_row(index: int, trajectory: Trajectory, plan: StagePlan, note: str) -> d
         "id": index,
         "success_once": trajectory.success_once,
         "success_at_end": trajectory.success_at_end,
-        "stage_names": list(plan.names),
-        "stage": plan.current_stage(trajectory.signals)[:-1].numpy(),
-        "segments": [part._asdict() for part in segment(plan, trajectory.signals)],
         "images": [image_cell(image) for image in trajectory.images],
         "final_image": image_cell(trajectory.final_image),
         "metadata": note,
@@ -272,7 +271,17 @@ def _to_row(index: int, trajectory: Trajectory, plan: StagePlan, note: str) -> d
         if field.name in TRAJECTORY_FEATURES and field.name not in row:
             value = getattr(trajectory, field.name)
             row[field.name] = value.numpy() if isinstance(value, Tensor) else value
+    row |= label_episode(plan, trajectory.signals)
     return row | {SIGNAL_PREFIX + name: signal.numpy() for name, signal in trajectory.signals.items()}
+
+
+def label_episode(plan: StagePlan, signals: Signals) -> dict[str, Any]:
+    """What `plan` says of an episode with these signals: the columns `stage_names`, `stage` and `segments`."""
+    return {
+        "stage_names": list(plan.names),
+        "stage": plan.current_stage(signals)[:-1].tolist(),
+        "segments": [part._asdict() for part in segment(plan, signals)],
+    }
 
 
 def to_trajectory(table: pa.Table, row: int, where: str) -> Trajectory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from multiprocessing import parent_process
 from typing import Any
@@ -172,7 +172,7 @@ class EpisodeGroup(gym.Env):
         if alive.any():
             self._look(simulator, rows, alive, signals)
             self._look(simulator, rows, alive, None, prefix="final_")
-        ended |= self._void(rows[ended | alive], rows, self._of_step)
+        ended |= self._void(rows[ended | alive], rows, self._of_step, spoils=self.arrays)
         self._begin_next(index, rows[ended])
 
     def _begin_next(self, index: int, rows: Tensor) -> None:
@@ -196,7 +196,9 @@ class EpisodeGroup(gym.Env):
         everyone = torch.arange(offset, offset + self.batch)
         begun = torch.isin(everyone, rows)
         self._look(simulator, everyone, begun, simulator.signals())
-        self._begin_next(index, everyone[self._void(rows, everyone, self._of_start)])
+        # of a start alone: the rest of its row is the end of the episode before
+        void = self._void(rows, everyone, self._of_start, spoils=[*self._of_start, "image"])
+        self._begin_next(index, everyone[void])
 
     def _replay(self, simulator: Simulator, row: int, seed: int, actions: np.ndarray | None) -> None:
         """Execute the actions of an episode's start; nobody looks.
@@ -239,8 +241,11 @@ class EpisodeGroup(gym.Env):
         for name, value in signals.items():
             self.record[CHUNK_PREFIX + name][rows, c:] = value.to(self.record[CHUNK_PREFIX + name].dtype)[:, None]
 
-    def _void(self, rows: Tensor, everyone: Tensor, names: Sequence[str]) -> Tensor:
-        """Which of `everyone` `[B]` are among `rows` and have a value in `names` that is not finite: their episodes are void."""
+    def _void(self, rows: Tensor, everyone: Tensor, names: Sequence[str], *, spoils: Iterable[str]) -> Tensor:
+        """Which of `everyone` `[B]` are among `rows` and have a value in `names` that is not finite: their episodes are void.
+
+        Nothing that `spoils` names may be used of them: it is set to zero.
+        """
         void = torch.zeros(len(everyone), dtype=torch.bool)
         for row in rows.tolist():
             wrong = [name for name in names if not np.isfinite(self.arrays[name][row]).all()]
@@ -251,8 +256,8 @@ class EpisodeGroup(gym.Env):
                     step += 1 + int(finite.argmin()) - int(self.arrays["num_steps"][row])
                 what = f"signals[{wrong[0].split('/')[1]!r}]" if "/" in wrong[0] else "state"
                 self._voided.append((int(self.arrays["episode"][row]), step, what, row))
-                for array in self.arrays.values():  # nothing of it may be used
-                    array[row] = 0
+                for name in spoils:
+                    self.arrays[name][row] = 0
                 void |= everyone == row
         return void
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,12 +21,22 @@ from trl_stare.envs.vulkan import select_vulkan_driver
 
 
 def time_limit(task: SimulatedTask) -> int:
-    """The environment's own `max_episode_steps`, read from its registration."""
+    """Environment steps of an episode: the task's own `max_episode_steps` among its `env_kwargs`, or that of the registration.
+
+    Raises:
+        ValueError: if neither says.
+    """
     select_vulkan_driver()
     import gymnasium as gym
     import mani_skill.envs  # noqa: F401  (registers the environments)
 
-    return gym.spec(task.env_id).max_episode_steps
+    limit = task.env_kwargs.get("max_episode_steps") or gym.spec(task.env_id).max_episode_steps
+    if limit is None:
+        raise ValueError(
+            f"task {task.name!r} must have a time limit, got none. Give `max_episode_steps` to ManiSkill's `register_env`, or in "
+            "the task's `env_kwargs`."
+        )
+    return limit
 
 
 def check_assets(task: SimulatedTask) -> None:
@@ -106,6 +116,7 @@ class Simulator:
         self.is_rebuilt = not cuda
         self._info: dict[str, Tensor] = {}
         self._is_fresh = torch.zeros(num_envs, dtype=torch.bool)
+        self._has_signals = False  # as the task declares them
 
     def reset(self, seeds: Sequence[int], rows: Tensor) -> None:
         """Begin new episodes in scenes `rows` (`[R]` int64), one explicit seed each."""
@@ -135,6 +146,9 @@ class Simulator:
     def signals(self) -> dict[str, Tensor]:
         """Signals now: name -> `[B]` bool or `[B, D]` float32, on the CPU."""
         signals = {name: value.cpu() for name, value in self.task.signals(self.env, self._info).items()}
+        if not self._has_signals:
+            _check_signals(self.task, self.num_envs, signals)
+            self._has_signals = True
         # no physics step since the reset: the contacts that PhysX reports are still those of the episode before
         return signals | {name: signals[name] & ~self._is_fresh for name in self.task.contact_signals}
 
@@ -191,6 +205,24 @@ class Simulator:
     def _speed_up(self) -> None:
         speed_up_control(self.env)
         speed_up_grasping(self.env)
+
+
+def _check_signals(task: SimulatedTask, num_envs: int, signals: Mapping[str, Tensor]) -> None:
+    """Hold what a task reads against what it declares: written down as a bool, a distance would be True or False."""
+    declared = {
+        name: f"float32 {[num_envs, size]}" if size else f"bool {[num_envs]}"
+        for name, size in task.signal_shapes.items()
+    }
+    read = {name: f"{str(value.dtype).removeprefix('torch.')} {[*value.shape]}" for name, value in signals.items()}
+    wrong = [
+        f"{name!r} must be {declared.get(name, 'declared')}, got {read.get(name, 'nothing')}"
+        for name in sorted(declared.keys() | read.keys())
+        if declared.get(name) != read.get(name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"`signals` must be as `signal_shapes` of task {task.name!r} declares them: {'; '.join(wrong)}."
+        )
 
 
 def _obs_mode(task: SimulatedTask) -> str:
