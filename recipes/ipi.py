@@ -306,7 +306,6 @@ def evaluate_phase(
     write_model_card(
         out / phase, phase=phase, result=result, task=args.task, visuals=env.metadata["visuals"], started_from=started_from,
         method=None if getattr(config, "stage_aware", True) else PLAIN_METHODS[phase_turn(phase)[0]],
-        usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')  # or its name on the Hub",
     )  # fmt: skip
     done = {"result": result.to_dict(), "history": training["history"], "pair_yield": training.get("pair_yield")}
     records.write(phase, done)

@@ -181,7 +181,6 @@ def report(args: PPOArguments, config: StagePPOConfig, trainer: StagePPOTrainer)
         visuals=env.metadata["visuals"],
         started_from=args.model or f"a small VLA that imitated {args.demonstrations} scripted demonstrations",
         method=None if config.stage_aware else PLAIN_METHODS["interaction"],
-        usage="from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained('path/to/this/folder')  # or its name on the Hub",
     )
     logger.info("success_once %.3f of %d held-out episodes", result.success_once, len(episodes))
 

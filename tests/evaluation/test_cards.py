@@ -35,6 +35,13 @@ def test_the_metadata_is_what_the_hub_reads(tmp_path):
     assert (at_end.metric_type, at_end.metric_value) == ("success_at_end", 0.5)
 
 
+def test_an_adapter_is_told_from_whole_weights(tmp_path):
+    assert "merge_checkpoint" not in write(tmp_path, usage=None).text
+    (tmp_path / "adapter_config.json").touch()
+    text = write(tmp_path, usage=None).text
+    assert "TokenPolicy.from_pretrained('path/to/this/folder')" in text and "merge_checkpoint('path/to" in text
+
+
 def test_the_text_says_n_intervals_stages_seeds_and_use(tmp_path):
     result = make_result(checkpoint="preference", env_steps=12_345, wall_s=342.0)
     text = write(tmp_path, result=result, started_from="out/imitation", visuals="light").text

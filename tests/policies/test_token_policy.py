@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_stare.interfaces import Observation, VLAPolicy
-from trl_stare.policies import ActionBins, StareVLAPolicy, TokenPolicy, norm_stats
-from trl_stare.policies.adapters import MERGED_FROM, whole_checkpoint
+from trl_stare.policies import ActionBins, StareVLAPolicy, TokenPolicy, adapters, norm_stats
+from trl_stare.policies.adapters import MERGED_FROM, merge_checkpoint, whole_checkpoint
 
 STATS = {
     "StackCube-v1": {
@@ -223,6 +223,61 @@ def test_an_adapter_s_whole_checkpoint_acts_as_it_does_and_can_be_trained(tmp_pa
     torch.testing.assert_close(whole.score(inputs, trace), adapted.score(inputs, trace), atol=1e-4, rtol=1e-4)
     assert (whole.score(inputs, trace) - policy.score(inputs, trace)).abs().max() > 1e-2
     assert all(parameter.requires_grad for parameter in whole.model.parameters())
+
+
+def test_modules_that_were_trained_as_a_whole_are_merged_too(tmp_path):
+    policy = make_policy()
+    policy.save_pretrained(tmp_path / "base")
+    adapted = TokenPolicy.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["state_projector"], init_lora_weights=False)
+    adapted.model = get_peft_model(adapted.model, lora)
+    with torch.no_grad():
+        for name, parameter in adapted.model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path / "adapter")
+    whole = TokenPolicy.from_pretrained(whole_checkpoint(tmp_path / "adapter", tmp_path / "merged"))
+    assert whole.model.state_dict().keys() == policy.model.state_dict().keys()
+    assert same_scores(whole, adapted) and not same_scores(whole, policy)
+
+
+@pytest.mark.parametrize("killed_in", [None, "merge_adapter", "replace", "unlink"])
+def test_a_merge_in_place_can_be_killed_at_any_moment(tmp_path, monkeypatch, killed_in):
+    make_policy().save_pretrained(tmp_path / "base")
+    adapted = save_adapter(tmp_path / "adapter", tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`folder` must hold an adapter, got base without"):
+        merge_checkpoint("base")
+
+    def kill(*args, **kwargs):
+        raise InterruptedError
+
+    if killed_in is not None:
+        owner = {"merge_adapter": adapters, "replace": adapters.os, "unlink": Path}[killed_in]
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(owner, killed_in, kill)
+            merge_checkpoint("adapter")
+    merge_checkpoint("adapter")
+    assert same_scores(TokenPolicy.from_pretrained("adapter"), adapted)
+    assert not list(Path("adapter").glob("adapter_*")) and not Path("adapter.part").exists()
+    adapted.save_pretrained("adapter")  # a phase that is run again finds whole weights there
+    merge_checkpoint("adapter")
+    assert same_scores(TokenPolicy.from_pretrained("adapter"), adapted)
+
+
+def test_an_adapter_finds_its_base_from_everywhere(tmp_path, monkeypatch):
+    make_policy().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    adapted = save_adapter(Path("adapter"), Path("base"))
+    monkeypatch.chdir("/")
+    assert same_scores(TokenPolicy.from_pretrained(tmp_path / "adapter"), adapted)
+
+
+def same_scores(one: TokenPolicy, other: TokenPolicy) -> bool:
+    """Whether two policies give one trace the same log-probabilities, up to what merging rounds."""
+    trace = torch.arange(14)[None].expand(3, -1) % 33
+    scores = [policy.score(policy.prepare(make_obs(3)), trace) for policy in (one, other)]
+    return torch.allclose(*scores, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_lora_saves_an_adapter(recipe, folders, tmp_path):
     assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
     config = json.loads((tmp_path / "policy_config.json").read_text())  # statistics may not be the base's
     assert config["norm_stats"] and config["model_type"] == "stare_vla"
-    assert "PeftModel.from_pretrained(policy.model, " in (tmp_path / "README.md").read_text()
+    assert "merge_checkpoint(" in (tmp_path / "README.md").read_text()
 
 
 def test_a_loss_that_needs_more_than_a_margin_is_refused_by_name(recipe, folders, tmp_path):

@@ -42,6 +42,26 @@ FRAME_WIDTH = 192
 CAPTION_HEIGHT = 18
 
 
+LOADING = """from trl_stare import TokenPolicy
+
+policy = TokenPolicy.from_pretrained({name!r})  # the folder, or its name on the Hub"""
+LOADING_ADAPTER = f"""{LOADING}
+
+# This is an adapter: its base must be where adapter_config.json says. A folder of whole weights, for those who do not have it:
+from trl_stare.policies import merge_checkpoint
+
+merge_checkpoint({{name!r}})"""
+
+
+def loading_code(name: str, *, is_adapter: bool = False) -> str:
+    """Python lines for a model card.
+
+    Args:
+        name (`str`): the checkpoint's folder or Hub id. is_adapter (`bool`): whether it is PEFT's adapter only.
+    """
+    return (LOADING_ADAPTER if is_adapter else LOADING).format(name=name)
+
+
 def card_template(name: str) -> str:
     """The text of `hub_cards/{name}`: from the installed package, or from the source checkout this file lies in.
 

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
-from trl_stare.data.cards import card_template
+from trl_stare.data.cards import card_template, loading_code
 from trl_stare.evaluation.phases import phase_turn
 from trl_stare.evaluation.records import PhaseResult
 from trl_stare.evaluation.report import format_seconds, format_seeds, markdown_table, package_versions, stage_cells
@@ -38,7 +38,7 @@ def write_model_card(
     phase: str,
     result: PhaseResult | Mapping[str, Any],
     task: str,
-    usage: str,
+    usage: str | None = None,
     visuals: str | None = None,
     started_from: str | None = None,
     method: str | None = None,
@@ -53,7 +53,7 @@ def write_model_card(
         phase (`str`): one of `PHASES`, or a later round like `preference-2`.
         result (`PhaseResult` or `Mapping`): its evaluation, or that phase of `results.json`.
         task (`str`): registered task name.
-        usage (`str`): Python lines that load the checkpoint.
+        usage (`str`, *optional*): Python lines that load the checkpoint, if not [`~trl_stare.data.cards.loading_code`].
         visuals (`str`, *optional*): which visuals the episodes were rendered with.
         started_from (`str`, *optional*): the checkpoint the phase started from.
         method (`str`, *optional*): what was done, in a sentence, e.g. of a baseline; [`METHODS`] by default.
@@ -70,6 +70,7 @@ def write_model_card(
     """
     kind, _ = phase_turn(phase)
     folder = _check_checkpoint(folder)
+    usage = usage or loading_code("path/to/this/folder", is_adapter=(folder / "adapter_config.json").exists())
     evaluation = result.to_dict() if isinstance(result, PhaseResult) else result
     model_name = model_name or f"{task}-{phase}"
     card = ModelCard.from_template(

@@ -1,6 +1,7 @@
 """Vision-language-action policies behind the [`~trl_stare.interfaces.VLAPolicy`] protocol."""
 
 from trl_stare.policies.action_tokens import ActionBins, norm_stats
+from trl_stare.policies.adapters import merge_checkpoint
 from trl_stare.policies.autoregressive import AutoregressivePolicy
 from trl_stare.policies.flow import FlowPolicy, FlowProcessor, create_tiny_pi0, estimate_flow_memory
 from trl_stare.policies.hf_vlm import HFVLMPolicy
@@ -45,6 +46,7 @@ __all__ = [
     "estimate_flow_memory",
     "estimate_memory",
     "load_lerobot_policy",
+    "merge_checkpoint",
     "norm_stats",
     "quantile_statistics",
     "select_statistics",

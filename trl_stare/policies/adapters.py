@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
 
@@ -24,6 +25,8 @@ MERGED_FROM = "merged_from.json"
 """What a folder of [`whole_checkpoint`] was merged from: the adapter's settings, SHA-256 of its files, how it was loaded."""
 _NOT_OF_THE_WEIGHTS = (*WHERE, "attn_implementation", "device_map")
 """Loading options that leave the weights as they are."""
+_OF_WHOLE_WEIGHTS = ("config.json", "model", "pytorch_model")
+"""What the names of files begin with that a model without an adapter is saved as."""
 
 
 def merge_adapter(model: Any) -> Any:
@@ -41,7 +44,10 @@ def merge_adapter(model: Any) -> Any:
         return model.merge_and_unload()
     # transformers puts the layers of an adapter into the model itself, and has no way to take them out again
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
+        if isinstance(layer, AuxiliaryTrainingWrapper):  # `modules_to_save`, trained as a whole
+            whole = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            model.set_submodule(name, whole)
+        elif isinstance(layer, BaseTunerLayer):
             layer.merge()
             model.set_submodule(name, layer.get_base_layer())
     del model.peft_config
@@ -50,19 +56,38 @@ def merge_adapter(model: Any) -> Any:
     return model
 
 
-def merge_checkpoint(folder: str | Path) -> None:
+def merge_checkpoint(folder: str | Path, unnorm_key: str | None = None) -> None:
     """Put whole weights in the place of the adapter in `folder`, which needs its base no more; what else is there stays.
 
-    Interrupted, it leaves the adapter: the same call does it again.
+    Interrupted at any moment, it leaves the adapter, or all of the whole weights: until the adapter is gone, the same call does it again.
 
     Args:
         folder (`str` or `Path`): a checkpoint with a PEFT adapter.
+        unnorm_key (`str`, *optional*): any of its statistics, where it has several; all of them stay.
+
+    Raises:
+        ValueError: if there is no adapter.
+
+    Example: before an adapter on a base that is a folder of yours is uploaded: nobody else has that base.
     """
-    policy = PretrainedPolicy.from_pretrained(folder)
+    folder = Path(folder)
+    if not (folder / CONFIG_NAME).exists():
+        raise ValueError(f"`folder` must hold an adapter, got {folder} without {CONFIG_NAME}.")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    # beside whole weights, which an interrupted or an earlier merge has left, transformers would take those for its base
+    for file in folder.iterdir():
+        if file.is_file() and not file.name.startswith(_OF_WHOLE_WEIGHTS):
+            shutil.copy2(file, part)
+    policy = PretrainedPolicy.from_pretrained(part, unnorm_key)
     policy.model = merge_adapter(policy.model)
-    policy.save_pretrained(folder)
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
-        (Path(folder) / name).unlink(missing_ok=True)
+    policy.save_pretrained(part / "whole")
+    for file in (part / "whole").iterdir():
+        os.replace(file, folder / file.name)
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(part)
 
 
 def whole_checkpoint(

@@ -51,6 +51,8 @@ class PretrainedPolicy:
             ValueError: the checkpoint is not a VLA, its `model_type` is registered nowhere, or `unnorm_key` is unknown (lists the
                 known ones).
         """
+        if Path(folder).is_dir():
+            folder = Path(folder).resolve()  # an adapter notes where its base is, and may be loaded from elsewhere
         try:
             model = load_model(folder, **kwargs)
         except ValueError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 
-from trl_stare.data.cards import card_template
+from trl_stare.data.cards import card_template, loading_code
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig
 
 METHODS = {
@@ -22,12 +22,6 @@ SETTINGS = (
     *("objective", "loss_type", "beta", "cost_coef", "margin_sign", "learning_rate", "lr_scheduler_type"),
     *("temperature", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed"),
 )
-USE = "from trl_stare import TokenPolicy\n\npolicy = TokenPolicy.from_pretrained({name!r})"
-USE_ADAPTER = """from peft import PeftModel
-from trl_stare import TokenPolicy
-
-policy = TokenPolicy.from_pretrained('path/to/the/checkpoint/that/training/began/from')
-policy.model = PeftModel.from_pretrained(policy.model, {name!r})"""
 TAGS = ("robotics", "vision-language-action")
 
 
@@ -69,7 +63,7 @@ def write_preference_card(
         name=name.split("/")[-1],
         tasks=sorted(set(rows["task"])),
         method=METHODS[config.objective],
-        usage=(USE_ADAPTER if is_adapter else USE).format(name=name),
+        usage=loading_code(name, is_adapter=is_adapter),
         num_pairs=len(rows),
         stages={stage: count for (_, stage), count in sorted(counts.items())},
         step=step,
