@@ -2,12 +2,14 @@
 
 import dataclasses
 import gc
+from contextlib import closing
 
 import pytest
 import torch
 
 from trl_stare.data import Trajectory, demonstrate
 from trl_stare.envs import get_simulated_task, make_env
+from trl_stare.envs.vector import WorkerVectorEnv
 from trl_stare.evaluation import EpisodeResult, evaluate
 from trl_stare.policies import TokenPolicy
 from trl_stare.stages import get_plan
@@ -99,6 +101,25 @@ def test_a_solved_episode_passes_all_stages(env):
 def test_seeds_that_make_no_result_are_refused(env, policy, seeds, train_seeds, message):
     with pytest.raises(ValueError, match=message):
         evaluate(policy, env, PLAN, seeds, temperature=1.0, seed=0, train_seeds=train_seeds)
+
+
+def test_what_the_simulator_spoils_is_left_out(policy, caplog):
+    given = get_simulated_task(TASK)
+
+    def signals(env, info):
+        read, spoiled = given.signals(env, info), int(env._episode_seed[0]) == 4 and int(env._elapsed_steps[0]) == 2
+        return read | ({"object_position": read["object_position"] * float("nan")} if spoiled else {})
+
+    task = dataclasses.replace(given, signals=signals, env_kwargs={"max_episode_steps": 3})
+    sizes = {"num_envs": 2, "num_workers": 0, "chunk_size": 1, "image_size": 32, "visuals": "light", "device": "cpu"}
+    with closing(WorkerVectorEnv(task, **sizes)) as env:
+        result, episodes = evaluate(policy, env, PLAN, [3, 4, 5], temperature=1.0, seed=0)
+        with pytest.raises(ValueError, match="must hold at least one episode"):
+            evaluate(policy, env, PLAN, [4], temperature=1.0, seed=0)
+    assert [episode.seed for episode in episodes] == [3, 5] and result.n_episodes == 2
+    assert (
+        "the episode of seed 4 is left out, whose signals['object_position'] was not finite at step 2" in caplog.text
+    )
 
 
 def test_the_plan_of_another_task_is_refused(env, policy):

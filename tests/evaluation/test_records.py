@@ -138,6 +138,14 @@ def test_pairing_follows_the_seeds_not_the_order():
     assert a == b == [True, True, False, False]
 
 
+def test_what_is_void_in_one_evaluation_is_left_out_of_both():
+    many = [EpisodeResult(seed, seed % 2 == 0, False, 4, False, True, ()) for seed in range(200)]
+    a, b = paired(many[1:], many[:-2])
+    assert a == b == [seed % 2 == 0 for seed in range(1, 198)]
+    with pytest.raises(ValueError, match="4 that only one of them played"):
+        paired(many, many[4:])
+
+
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Sequence
 
@@ -11,8 +12,10 @@ from tqdm.auto import tqdm
 from trl_stare.data.actors import policy_actor
 from trl_stare.data.rollout import stream
 from trl_stare.evaluation.records import EpisodeResult, PhaseResult
-from trl_stare.interfaces import VectorEnv, VLAPolicy
+from trl_stare.interfaces import EpisodeStart, VectorEnv, VLAPolicy, VoidEpisode
 from trl_stare.stages import StagePlan
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -28,7 +31,8 @@ def evaluate(
 ) -> tuple[PhaseResult, list[EpisodeResult]]:
     """Play one episode per seed, `env.num_envs` at a time, each to the time limit, so that both success rules are known.
 
-    An episode is let go as soon as its row is known: a frame of SimplerEnv's takes 0.9 MB, and there are as many as decisions.
+    An episode is let go as soon as its row is known: a frame of SimplerEnv's takes 0.9 MB, and there are as many as decisions. One that the
+    simulator spoiled with a value that is not finite counts neither as success nor as failure; it is left out, which is logged.
 
     Args:
         policy (`VLAPolicy`): who acts.
@@ -41,21 +45,21 @@ def evaluate(
         progress (`bool`): show a progress bar with the success rate so far.
 
     Returns:
-        the summary, and one row per episode in the order of `seeds`.
+        the summary, and one row per episode in the order of `seeds`, void ones left out.
 
     Raises:
-        ValueError: if `seeds` is empty, repeats a seed or shares one with `train_seeds`, or `plan` is of another task.
+        ValueError: if `seeds` is empty, repeats a seed or shares one with `train_seeds`, `plan` is of another task, or all is void.
     """
     _check(env, plan, seeds, train_seeds)
     act = policy_actor(policy, temperature=temperature, generator=torch.Generator().manual_seed(seed))
     began, finished = time.perf_counter(), {}
     with tqdm(total=len(seeds), desc="evaluate", unit="episode", disable=not progress) as bar:
-        for index, trajectory in stream(env, act, seeds, name="policy", ignore_terminations=True):
+        for index, trajectory in stream(env, act, seeds, name="policy", ignore_terminations=True, on_void=_leave_out):
             finished[index] = EpisodeResult.from_trajectory(trajectory, plan)
             rate = sum(episode.success_once for episode in finished.values()) / len(finished)
             bar.set_postfix_str(f"success_once {100 * rate:.0f} %", refresh=False)
             bar.update()
-    episodes = [finished[index] for index in range(len(seeds))]
+    episodes = [finished[index] for index in sorted(finished)]
     result = PhaseResult.from_episodes(
         episodes,
         plan.names,
@@ -65,6 +69,12 @@ def evaluate(
         metadata=env.metadata,
     )
     return result, episodes
+
+
+def _leave_out(start: EpisodeStart, void: VoidEpisode) -> None:
+    logger.warning(
+        "the episode of seed %d is left out, whose %s was not finite at step %d", start.seed, void.what, void.step
+    )
 
 
 def _check(env: VectorEnv, plan: StagePlan, seeds: Sequence[int], train_seeds: Collection[int]) -> None:

@@ -18,6 +18,9 @@ from trl_stare.evaluation.statistics import Proportion
 from trl_stare.files import write_atomically
 from trl_stare.stages import Segment, StagePlan, segment, stage_success
 
+MOST_VOID = 0.02
+"""Share of the episodes that may be missing from one of two evaluations that are compared: more were not meant to be the same."""
+
 
 @dataclass(frozen=True)
 class EpisodeResult:
@@ -198,12 +201,14 @@ def paired(
 ) -> tuple[list[bool], list[bool]]:
     """Outcomes of two evaluations of the same seeds, aligned by seed: what a paired test takes.
 
+    A void episode is missing from its evaluation, and is then left out of the other one too.
+
     Args:
         a (`Sequence[EpisodeResult]`), b (`Sequence[EpisodeResult]`): the evaluations.
         outcome (`Callable`): what of an episode is compared, e.g. `lambda episode: episode.passed(0)`.
 
     Raises:
-        ValueError: if a seed occurs twice, or the two did not play the same seeds.
+        ValueError: if a seed occurs twice, or the two did not play the same seeds, but for [`MOST_VOID`] of them.
     """
     by_seed = []
     for name, episodes in (("a", a), ("b", b)):
@@ -211,12 +216,14 @@ def paired(
         if len(outcomes) != len(episodes):
             raise ValueError(f"`{name}` must hold each seed once, got {len(episodes) - len(outcomes)} repeated.")
         by_seed.append(outcomes)
-    if unpaired := by_seed[0].keys() ^ by_seed[1].keys():
+    unpaired, common = (by_seed[0].keys() ^ by_seed[1].keys()), (by_seed[0].keys() & by_seed[1].keys())
+    if len(unpaired) > MOST_VOID * len(common):
         raise ValueError(
             f"`a` and `b` must have played the same seeds, got {len(unpaired)} that only one of them played "
             f"(e.g. {min(unpaired)}). Evaluate both on the same seeds."
         )
-    return list(by_seed[0].values()), [by_seed[1][seed] for seed in by_seed[0]]
+    first, second = ([outcomes[seed] for seed in by_seed[0] if seed in common] for outcomes in by_seed)
+    return first, second
 
 
 def write_episodes(path: str | os.PathLike, episodes: Sequence[EpisodeResult]) -> None:

@@ -220,10 +220,12 @@ def _comparison_table(episodes: Mapping[str, Sequence[EpisodeResult]]) -> str:
 
 def _comparison(before: Sequence[EpisodeResult], after: Sequence[EpisodeResult]) -> tuple[str, ...]:
     """Gain in points, episodes won, episodes lost, p."""
-    if {episode.seed for episode in before} != {episode.seed for episode in after}:
+    try:
+        first, second = paired(before, after)
+    except ValueError:
         return "not comparable: evaluated on different seeds", "-", "-", "-"
-    test = mcnemar_exact(*paired(before, after))
-    gain = 100 * (test.b_only - test.a_only) / len(before)
+    test = mcnemar_exact(first, second)
+    gain = 100 * (test.b_only - test.a_only) / len(first)
     return f"{gain:+.1f} points", str(test.b_only), str(test.a_only), f"{test.p_value:.2g}"
 
 
