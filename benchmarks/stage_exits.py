@@ -6,7 +6,7 @@
 
 - `told by passing`: the share of the variance of success, among the episodes that reached the stage, that passing it explains;
 - `left open`: the share of the variance of success, among the episodes that passed it, that their state at this moment explains to a
-  small network (ten-fold cross-validation, so nothing learned by heart counts);
+  small network (ten-fold cross-validation over starts, so nothing learned by heart counts);
 - `decided by the start`: the share of the variance of how near to the stage's goal episodes came that lies between starts and not
   between episodes of one start. What is the same in all of them no comparison of them can teach;
 - success by fifths of the stage's own distance where it ended.
@@ -121,9 +121,11 @@ def left_open(rows: Sequence[Exit], *, seed: int = 0) -> float | None:
     states = (states - states.mean(dim=0)) / states.std(dim=0).clamp(min=1e-6)
     generator = torch.Generator().manual_seed(seed)
     guessed = torch.empty(len(passed))
-    for held_out in torch.randperm(len(passed), generator=generator).chunk(FOLDS):
-        rest = torch.ones(len(passed), dtype=torch.bool)
-        rest[held_out] = False
+    starts = torch.tensor([row.seed for row in passed])
+    known = starts.unique()  # episodes of one start are in one fold: how each start ends could be learned by heart
+    for fold in known[torch.randperm(len(known), generator=generator)].chunk(FOLDS):
+        held_out = torch.isin(starts, fold)
+        rest = ~held_out
         guessed[held_out] = guess(states[rest], success[rest], states[held_out], generator)
     return max(0.0, float(1 - ((guessed - success) ** 2).mean() / success.var(unbiased=False)))
 

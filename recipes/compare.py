@@ -28,6 +28,7 @@ from trl_stare.evaluation import (
     played_variations,
     runs_table,
 )
+from trl_stare.files import write_atomically
 
 logger = logging.getLogger("compare")
 
@@ -57,9 +58,9 @@ def main(args: argparse.Namespace) -> None:
     names = "task" if "" in first else "variation"
     table = comparison_table(runs[0], names=names) if len(runs) == 1 else runs_table(compare_runs(runs), names=names)
     text = "\n".join(lines) + "\n\n" + table
-    if args.output:
-        Path(args.output).write_text(text + "\n", encoding="utf-8")
     logger.info("%s", text)
+    if args.output:
+        write_atomically(args.output, text + "\n")
 
 
 def load(folder: str) -> Evaluations:
@@ -95,8 +96,10 @@ def _compare(a: Evaluations, b: Evaluations, *, together: bool) -> dict[str, lis
     ]
     if "" not in a:
         return compare_varied(*rows, rules=rules, together=together)
-    stages = {task["task"]: tuple(task["metrics"]["stages"]) for task in a[""].info["per_task"]}
-    return compare(rows[0][""], rows[1][""], stages, rules=rules)
+    names, b_names = (
+        {task["task"]: tuple(task["metrics"]["stages"]) for task in side[""].info["per_task"]} for side in (a, b)
+    )
+    return compare(rows[0][""], rows[1][""], names, b_stage_names=b_names, rules=rules)
 
 
 def parse() -> argparse.Namespace:

@@ -10,7 +10,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from trl_stare.evaluation import Evaluation, distinct_names, html_page, markdown_page
+from trl_stare.evaluation import Evaluation, distinct_names, html_page, markdown_page, played_variations
 
 logger = logging.getLogger("report")
 
@@ -20,6 +20,12 @@ def main(args: argparse.Namespace) -> None:
     if args.history and len(args.history) != len(args.evaluations):
         raise ValueError(
             f"`history` must be one file per evaluation, got {len(args.history)} for {len(args.evaluations)}."
+        )
+    if varied := [folder for folder in args.evaluations if played_variations(folder)]:
+        inside = " ".join(f"{varied[0]}/{name}" for name in played_variations(varied[0])[:3])
+        raise ValueError(
+            f"`evaluations` must be folders of one evaluation each, got {varied[0]} with several variations. Give those of it that "
+            f"are to be shown: {inside} ..."
         )
     histories = args.history or [None] * len(args.evaluations)
     shown = [

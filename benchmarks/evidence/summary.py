@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -48,6 +48,7 @@ class Finding:
         a (`Mapping`), b (`Mapping`): the arms, as the queue has them; `a` may be the start.
         start (`float`): success of the checkpoint they begin from, in [0, 1]. origin (`str`): what tells it from others.
         differences (`tuple[float, ...]`): `b` minus `a`, one a training seed, in [-1, 1].
+        runs (`frozenset`): training seed and discordant episodes of each, by which the same runs are known in another queue's results.
         p_value (`float`): exact McNemar test of all episodes, which knows nothing of training seeds.
     """
 
@@ -58,6 +59,7 @@ class Finding:
     start: float
     origin: str
     differences: tuple[float, ...]
+    runs: frozenset[tuple[Any, ...]]
     p_value: float
 
     @property
@@ -92,18 +94,17 @@ def findings(results: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     Args:
         results (`Mapping`): name of a file -> content of a `results.json`; others, without comparisons, are passed over.
     """
-    best: dict[tuple[Any, ...], Finding] = {}
+    best: dict[tuple[Any, ...], list[Finding]] = {}
     for file, content in sorted(results.items()):
         arms = {arm["name"]: arm for arm in content.get("queue", {}).get("arms", ())}
         for test in content.get("comparisons", ()):
             b = arms[test["b"]]
             a = arms.get(test["a"], {"name": b["start"], "method": START, "ppo": {}})
             found = _finding(file, content, a, b, test)
-            key = (found.task, found.origin, test["a"], test["b"], found.differences[0])
-            if key not in best or len(found.differences) > len(best[key].differences):
-                best.pop(key, None)  # where it stands in its own file
-                best[key] = found
-    return sorted(best.values(), key=lambda found: (found.start, found.task, found.file))
+            alike = best.setdefault((found.task, found.origin, test["a"], test["b"]), [])
+            if not any(found.runs <= other.runs for other in alike):
+                alike[:] = [other for other in alike if not other.runs <= found.runs] + [found]
+    return sorted(chain(*best.values()), key=lambda found: (found.start, found.task, found.file))
 
 
 def _finding(file: str, content: Mapping[str, Any], a: Any, b: Any, test: Mapping[str, Any]) -> Finding:
@@ -118,6 +119,7 @@ def _finding(file: str, content: Mapping[str, Any], a: Any, b: Any, test: Mappin
         start=content["starts"][b["start"]]["success_once"],
         origin=f"{' '.join(weights)} at {content['queue']['temperature']}",
         differences=tuple(part["difference"] for part in test["per_seed"].values()),
+        runs=frozenset((seed, part["a_only"], part["b_only"]) for seed, part in test["per_seed"].items()),
         p_value=test["p_value"],
     )
 

@@ -18,7 +18,7 @@ def arm(name, method, **ppo):
     return {"name": name, "method": method, "start": "weak", "ppo": ppo}
 
 
-def results(*differences, weights="abc", a="ppo", b="sta-ppo", task="PushCube-v1", start=0.5):
+def results(*differences, weights="abc", a="ppo", b="sta-ppo", task="PushCube-v1", start=0.5, first_seed=0):
     """A queue's results with one comparison, of as many training seeds as there are differences."""
     arms = [
         arm("ppo", "ppo"),
@@ -36,7 +36,10 @@ def results(*differences, weights="abc", a="ppo", b="sta-ppo", task="PushCube-v1
                 "a": a,
                 "b": b,
                 "p_value": 0.25,
-                "per_seed": {str(k): {"difference": d} for k, d in enumerate(differences)},
+                "per_seed": {
+                    str(k): {"difference": d, "b_only": 50 + round(300 * d), "a_only": 50}
+                    for k, d in enumerate(differences, first_seed)
+                },
             }
         ],
     }
@@ -64,11 +67,18 @@ def test_runs_that_queues_share_count_once_where_most_are():
         {
             "two": results(0.1, -0.1),
             "four": results(0.1, -0.1, 0.1, 0.3),
+            "some of the four": results(-0.1, 0.1, first_seed=1),
             "another": results(0.1, weights="xyz", start=0.25),
             "none": {"per_task": []},
         }
     )
     assert [(one.file, one.start, len(one.differences)) for one in found] == [("another", 0.25, 1), ("four", 0.5, 4)]
+
+
+def test_other_runs_of_the_same_methods_are_not_taken_for_the_same():
+    """Only the first training seed came out alike, by chance."""
+    found = findings({"one": results(0.0, -0.1), "other": results(0.0, 0.1, 0.2)})
+    assert [one.file for one in found] == ["one", "other"]
 
 
 def test_checkpoints_in_shards_are_told_apart_by_all_their_weights():

@@ -65,12 +65,17 @@ def test_what_is_left_open():
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(600, 3, generator=generator)
     luck = torch.rand(600, generator=generator) < 0.5
-    decided = [row(True, bool(s[0].abs() < 0.7), s.tolist()) for s in states]
-    chance = [row(True, bool(won), s.tolist()) for s, won in zip(states, luck, strict=True)]
+    decided = [row(True, bool(s[0].abs() < 0.7), s.tolist(), seed=seed) for seed, s in enumerate(states)]
+    chance = [
+        row(True, bool(won), s.tolist(), seed=seed) for seed, (s, won) in enumerate(zip(states, luck, strict=True))
+    ]
     assert left_open(decided) > 0.7
     assert left_open(chance) < 0.02
     # what was not passed plays no part; of few, or of one kind, nothing can be learned
     assert left_open(decided + [row(False, False)] * 50) == left_open(decided)
+    # twenty starts of thirty episodes each, whose ends could be learned by heart but say nothing of another start
+    by_heart = [row(True, bool(luck[k % 20]), states[k % 20].tolist(), seed=k % 20) for k in range(600)]
+    assert left_open(by_heart) < 0.1
     assert left_open(decided[:199]) is None and left_open([row(True, True, s.tolist()) for s in states]) is None
 
 

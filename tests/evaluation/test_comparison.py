@@ -1,6 +1,7 @@
 """Paired statistics against published and closed values, and what may be compared at all."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,10 @@ def test_episodes_needed():
             "not distinguishable at n = 24, and no difference was seen; "
             "to find one of 5 points you need about 783 episodes",
         ),
+        (
+            (300, 0, 0, 0),
+            "not distinguishable at n = 300, and no difference was seen; one of 5 points would most likely have been",
+        ),
     ],
 )
 def test_verdicts(counts, verdict):
@@ -112,6 +117,20 @@ def test_only_common_starts_that_nothing_spoiled_are_compared():
     ]
     with pytest.raises(ValueError, match="none in common"):
         compare(a[:1], b[:1], {})
+
+
+def test_stages_of_other_plans_are_compared_by_name():
+    """B's plan has a stage between the two of A's, which its episodes passed where they reached it."""
+    a = [episode(0, True), episode(1, False)]
+    b = [episode(0, True), episode(1, False)]
+    for index, row in enumerate(b):
+        reach, *push = row.result.segments
+        parts = (reach, Segment(1, 5, 5, True, 0.0), *(part._replace(stage=2) for part in push))
+        b[index] = replace(row, result=replace(row.result, segments=parts))
+    names, b_names = {"PushCube-v1": ("Reach", "Push")}, {"PushCube-v1": ("Reach", "Grasp", "Push")}
+    success, reach, push = compare(a, b, names, b_stage_names=b_names)["PushCube-v1"]
+    assert (reach.what, push.what) == ("passed Reach", "passed Push")
+    assert (push.a, push.b) == (success.a, success.b) and push.test == success.test
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -18,7 +19,7 @@ from trl_stare.evaluation import (
     write_eval_info,
     write_played,
 )
-from trl_stare.evaluation.page import failed_in
+from trl_stare.evaluation.page import failed_in, plot_funnel
 from trl_stare.evaluation.records import EpisodeResult
 from trl_stare.stages import Segment
 
@@ -49,16 +50,16 @@ ROWS = [
 ]
 
 
-def evaluation(name="<b>bold</b>", rule="success_once", history=()):
-    metrics = task_metrics(ROWS, dict.fromkeys(STAGES, "touched"), rule=rule, environment={})
+def evaluation(name="<b>bold</b>", rule="success_once", history=(), rows=ROWS, stages=STAGES):
+    metrics = task_metrics(rows, dict.fromkeys(stages, "touched"), rule=rule, environment={})
     info = build_eval_info(
         policy={"name": name},
         settings={"success_rule": rule, "temperature": 1.0},
         group="g",
-        episodes={TASK: ROWS},
+        episodes={TASK: rows},
         metrics={TASK: metrics},
     )
-    return Evaluation(name, info, {TASK: ROWS}, history)
+    return Evaluation(name, info, {TASK: rows}, history)
 
 
 class Reader(HTMLParser):
@@ -140,6 +141,28 @@ def test_the_report_tells_them_apart(tmp_path, run_script):
         write_played(folder / "episodes" / f"{TASK}.parquet", ROWS)
     run_script("recipes/report.py", *folders, "--output_dir", tmp_path)
     assert all(f"| {name}/eval | {TASK} | 5 |" in (tmp_path / "report.md").read_text() for name in ("ppo", "dpo"))
+
+
+def test_evaluations_of_other_plans_share_a_funnel():
+    """The plan of the second has another stage between the two of the first."""
+    rows = []
+    for row in ROWS:
+        parts = [part._replace(stage=2 * part.stage) for part in row.result.segments]
+        between = [Segment(1, 3, 3, True, 0.0)] if len(parts) > 1 else []
+        parts = (parts[0], *between, *parts[1:])
+        rows.append(replace(row, result=replace(row.result, segments=parts)))
+    figure = plot_funnel([evaluation("a"), evaluation("b", rows=rows, stages=("Reach", "Grasp", "Push"))], TASK)
+    (panel,) = figure.axes
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["Reach", "Push", "Grasp"]
+    heights = {(round(bar.get_x() + bar.get_width() / 2), bar.get_height()) for bar in panel.patches}
+    assert {position for position, _ in heights} == {0, 1, 2}
+    assert len({height for position, height in heights if position == 1}) == 1  # Push, equal in both
+
+
+def test_a_folder_of_variations_is_told_from_one_evaluation(tmp_path, run_script):
+    (tmp_path / "robustness.json").write_text('{"per_task": {"PushCube-v1": {"camera/shift": {}}}}')
+    with pytest.raises(ValueError, match=r"several variations. Give those .*/nominal .*/camera/shift"):
+        run_script("recipes/report.py", tmp_path, "--output_dir", tmp_path)
 
 
 def test_no_evaluation_has_no_page():

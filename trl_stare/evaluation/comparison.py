@@ -82,6 +82,8 @@ class Comparison:
         none = f"not distinguishable at n = {self.a.n}"
         if self.difference.value == 0:
             needed = episodes_needed(max(discordant, INTERESTING), INTERESTING)
+            if needed <= self.a.n:
+                return f"{none}, and no difference was seen; one of 5 points would most likely have been"
             return f"{none}, and no difference was seen; to find one of 5 points you need about {needed:,} episodes"
         # Connor's formula is an approximation for many episodes
         needed = max(episodes_needed(discordant, self.difference.value), math.ceil(FEWEST * self.a.n / only_one))
@@ -146,6 +148,7 @@ def compare(
     b: Sequence[PlayedEpisode],
     stage_names: Mapping[str, Sequence[str]],
     *,
+    b_stage_names: Mapping[str, Sequence[str]] | None = None,
     rules: tuple[str, str] = ("success_once", "success_once"),
 ) -> dict[str, list[Comparison]]:
     """Compare two evaluations on the starts that both played and that neither's simulator spoiled.
@@ -153,6 +156,7 @@ def compare(
     Args:
         a (`Sequence[PlayedEpisode]`), b (`Sequence[PlayedEpisode]`): their rows, of any number of tasks.
         stage_names (`Mapping`): task -> its stages, in order.
+        b_stage_names (`Mapping`, *optional*): those of `b`, where its plans were others. What only one of them has is not compared.
         rules (`tuple[str, str]`): when an episode of `a` and of `b` counts as solved.
 
     Returns:
@@ -180,8 +184,12 @@ def compare(
     for task in tasks:
         starts = [start for start in common if start[0] == task]
         found[task] = [outcomes(starts)]
-        for index, name in enumerate(stage_names[task]):
-            passed = [[by[start].passed(index) for start in starts] for by in (first, second)]
+        stages = [list(names[task]) for names in (stage_names, b_stage_names or stage_names)]
+        for name in (name for name in stages[0] if name in stages[1]):
+            passed = [
+                [by[start].passed(names.index(name)) for start in starts]
+                for by, names in zip((first, second), stages, strict=True)
+            ]
             found[task].append(Comparison.of(f"passed {name}", *passed))
     return found
 

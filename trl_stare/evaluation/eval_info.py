@@ -20,6 +20,8 @@ from trl_stare.stages import stage_success
 
 RULES = ("success_once", "success_at_end")
 """When an episode counts as solved: at any step, or at the last one, which is always the time limit's."""
+COUNTED = ("n_episodes", "n_success", "pc_success", "pc_success_ci95")
+"""What LeRobot writes of a task beside its `metrics`."""
 
 
 def task_metrics(
@@ -106,19 +108,22 @@ def build_eval_info(
         metrics (`Mapping`): task -> what [`task_metrics`] says of it.
 
     Returns:
-        `dict`: `per_task`, `per_group` and `overall` as LeRobot writes them, and `policy`, `settings`, `versions`. A group counts
+        `dict`: `per_task`, `per_group` and `overall` as LeRobot writes them (https://github.com/huggingface/lerobot/pull/4628), and `policy`, `settings`, `versions`. A group counts
         its episodes together; `pc_success_task_mean` is the mean of its tasks' rates, what SimplerEnv's tables call average.
     """
     everything = [result for rows in episodes.values() for result in counted(rows)]
     overall = rates(everything, settings["success_rule"])
     overall["pc_success_task_mean"] = sum(task["pc_success"] for task in metrics.values()) / len(metrics)
     overall["n_voided"] = sum(task["n_voided"] for task in metrics.values())
+    overall["video_paths"] = [path for task in metrics.values() for path in task["video_paths"]]
     return {
         "policy": dict(policy),
         "settings": dict(settings),
         "versions": package_versions(),
         "per_task": [
-            {"task_group": group, "task_id": index, "task": name, "metrics": dict(task)}
+            {"task_group": group, "task_id": index, "task": name}
+            | {field: task[field] for field in COUNTED}
+            | {"metrics": dict(task)}
             for index, (name, task) in enumerate(metrics.items())
         ],
         "per_group": {group: overall},

@@ -141,13 +141,14 @@ def plot_funnel(evaluations: Sequence[Evaluation], task: str) -> Figure:
     shown = [each for each in evaluations if each.metrics(task)]
     figure = Figure(figsize=(5.5, 3.0), layout="constrained")
     panel, width = figure.subplots(), 0.84 / len(shown)
-    stages = list(shown[0].metrics(task)["stages"])
+    # plans may differ: an own task's that was changed
+    stages = list(dict.fromkeys(name for each in shown for name in each.metrics(task)["stages"]))
     for index, each in enumerate(shown):
         found = each.metrics(task)
         shares = [Proportion(stage["passed"], found["n_episodes"]) for stage in found["stages"].values()]
         low, high = zip(*(share.wilson() for share in shares), strict=True)
         rates = [share.rate for share in shares]
-        x = [stage + (index - (len(shown) - 1) / 2) * width for stage in range(len(stages))]
+        x = [stages.index(name) + (index - (len(shown) - 1) / 2) * width for name in found["stages"]]
         # Wilson's ends may miss a rate of exactly 0 or 1 by a rounding error; matplotlib refuses negative bars
         error = [
             [max(0.0, 100 * (r - end)) for r, end in zip(rates, low, strict=True)],
