@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
 from trl_stare.interfaces import ADAPTER_CONFIG_NAME
 from trl_stare.policies.normalization import select_statistics
@@ -114,9 +115,15 @@ def vla_settings(config: Any) -> dict[str, Any]:
 def load_model(folder: str | Path, **kwargs: Any) -> Any:
     """`AutoModelForImageTextToText.from_pretrained`, but an adapter that came with a config of its own keeps it.
 
-    Entries of `config.vla` are changed by their names, as fields of a config are.
+    Entries of `config.vla` are changed by their names, as fields of a config are. A `revision` is that of the repository `folder`: the base of
+    an adapter is of the one that the adapter names, `main` where it names none. Of an adapter in a local folder it is the base's.
     """
     where = _where(kwargs)
+    adapter = find_adapter_config_file(folder, **where)
+    if adapter is not None and not (Path(folder).is_dir() and where.get("revision")):
+        # transformers would demand the adapter's revision of the base too
+        of_base = json.loads(Path(adapter).read_text()).get("revision")
+        kwargs |= {"revision": of_base, "adapter_kwargs": {"revision": None} | where}
     names = (ADAPTER_CONFIG_NAME, CONFIG_NAME)
     stored = [
         name for name in names if cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **where)
