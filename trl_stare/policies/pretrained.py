@@ -23,6 +23,7 @@ class PretrainedPolicy:
     Attributes:
         model (`PreTrainedModel`), processor (`ProcessorMixin`): saved together.
         processor_class (`type`): what loads the processor.
+        num_cameras (`int` or `None`): what it looks through; `None` for any number.
         statistics_file (`str` or `None`): beside a checkpoint's config, its entries take the place of `norm_stats`.
     """
 
@@ -31,6 +32,7 @@ class PretrainedPolicy:
     model: Any
     processor: Any
     unnorm_key: str
+    num_cameras: int | None = 1
 
     _classes: ClassVar[dict[str, type[PretrainedPolicy]]] = {}
 
@@ -99,6 +101,11 @@ class PretrainedPolicy:
             getattr(config, "vision_config", None), "image_size", None
         )
         return max(size) if isinstance(size, (list, tuple)) else size
+
+    @property
+    def state_size(self) -> int | None:
+        """Values of proprioception that the policy reads; `None` if its configuration does not say."""
+        return getattr(self.model.config, "state_size", None)
 
     @property
     def device(self) -> torch.device:

@@ -44,8 +44,14 @@ class OpenVLAOFTPolicy(OpenVLAPolicy, model_type="openvla_oft"):
     ):
         super().__init__(model, processor, unnorm_key, action_convention)
         self.settings = model.config.oft_settings
+        self.num_cameras = self.settings.num_images
         if self.settings.state_size:
             self._first, self._second, self._scaled = self._state_statistics(model.config)
+
+    @property
+    def state_size(self) -> int | None:
+        """Values of proprioception that the model reads; `None` for none."""
+        return self.settings.state_size or None
 
     def prepare(self, obs: Observation) -> dict[str, Tensor]:
         """As [`OpenVLAPolicy`], of several cameras `obs.images` `[N, cameras, H, W, 3]`; `state` `[N, P]` normalised.
