@@ -200,6 +200,8 @@ class VLAPolicy(Protocol):
         num_features (`int`, *optional*): `F`, where it is not the language model's hidden size.
         image_size (`int`, *optional*): pixels of a side of the pictures that it reads; recipes take the task's own where it does not
             say.
+        num_cameras (`int` or `None`, *optional*): what it looks through, by default one; `None` for any number. state_size (`int`,
+            *optional*): values of proprioception that it reads.
     """
 
     model: torch.nn.Module

@@ -31,19 +31,23 @@ VISION = {
 IMAGE = 511
 
 
-def make_llava():
-    config = {"text_config": {"model_type": "llama", **TEXT}, "image_token_index": IMAGE, "image_seq_length": 4}
+def make_llava(**text):
+    config = {
+        "text_config": {"model_type": "llama", **TEXT, **text},
+        "image_token_index": IMAGE,
+        "image_seq_length": 4,
+    }
     vision = {"model_type": "siglip_vision_model", **VISION}
     return LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, vision_feature_select_strategy="full", **config)
     )
 
 
-def make_llava_vla(**more_statistics) -> HFVLMPolicy:
-    """Chunks of two steps, 21 bins; acts by the statistics of `bridge_orig`."""
+def make_llava_vla(dtype: torch.dtype = torch.float32, **more_statistics) -> HFVLMPolicy:
+    """Chunks of two steps, 21 bins; acts by the statistics of `bridge_orig`. The vocabulary has no row to spare for them."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(0, 0)
-    model = make_llava()
+    model = make_llava(vocab_size=len(tokenizer)).to(dtype)
     model.config.image_token_id = model.config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
     processor = LlavaProcessor(
         image_processor=SiglipImageProcessor(size={"height": 28, "width": 28}),

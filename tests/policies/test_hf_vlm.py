@@ -1,5 +1,7 @@
 """Tiny random models of transformers' real classes as VLAs: appended action tokens and reused rows."""
 
+import math
+
 import pytest
 import torch
 from hf_vlm_toy import IMAGE, TEXT, VISION, make_llava, make_llava_vla
@@ -146,6 +148,46 @@ class TestLlavaWithItsOwnProcessorAndAppendedTokens(PolicyConformance):
     def test_tokens_were_appended(self, policy):
         ids = policy.processor.tokenizer.convert_tokens_to_ids(["<action_0>", "<action_20>"])
         assert policy.action_token_ids[[0, -1]].tolist() == ids and policy.num_tokens == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_appended_tokens_are_spread_as_the_others_are(dtype):
+    """A LoRA changes no row: bins whose rows were alike could never be told apart."""
+    policy = make_llava_vla(dtype)
+    for module in (policy.model.get_input_embeddings(), policy.model.get_output_embeddings()):
+        new = module.weight.detach()[policy.action_token_ids].float()
+        old = module.weight.detach()[: min(policy.action_token_ids)].float()
+        distances = torch.pdist(new) / torch.pdist(old).mean()
+        assert len(old) + len(new) == len(module.weight) and module.weight.dtype == dtype
+        assert distances.min() > 0.5 and distances.mean() == pytest.approx(1, abs=0.1)
+
+
+def test_rows_to_spare_are_drawn_too_and_known_tokens_keep_theirs():
+    policy = make_llava_vla()
+    config = {"norm_stats": OPENVLA_STATS, "prompt": "<s><image>{instruction}", "num_bins": 21}
+    embeddings = policy.model.get_input_embeddings()
+    before = embeddings.weight.detach().clone()
+    HFVLMPolicy.create(policy.model, policy.processor, **config)
+    assert torch.equal(embeddings.weight, before)
+    policy.model.resize_token_embeddings(len(before) + 5)
+    with torch.no_grad():
+        embeddings.weight[-5:] = 0.0  # as some models have rows for tokens to come
+    HFVLMPolicy.create(policy.model, policy.processor, **config | {"num_bins": 24})
+    assert len(embeddings.weight) == len(before) + 5 and torch.equal(embeddings.weight[: len(before)], before)
+    assert torch.pdist(embeddings.weight.detach()[-5:-2]).min() > 1 and not embeddings.weight[-2:].any()
+
+
+def test_a_lora_learns_one_chunk():
+    policy = make_llava_vla()
+    policy.model = get_peft_model(policy.model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    inputs, trace = policy.prepare(make_obs("stack")), (torch.arange(14) * 5 % 21)[None]
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = policy.imitation_loss(inputs, trace, torch.ones_like(trace, dtype=torch.bool))
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2 * math.log(21)
 
 
 @pytest.mark.parametrize(

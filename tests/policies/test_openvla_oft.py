@@ -187,6 +187,39 @@ def test_bad_input_is_refused():
         policy.model(**inputs)
 
 
+EVERY = {"q01": [0.0] * 3, "q99": [1.0] * 3, "min": [-1.0] * 3, "max": [3.0] * 3}
+EVERY |= {"mean": [0.5, 0.0, 0.1], "std": [0.1, 0.2, 0.3]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mask", "state", "expected"),
+    [
+        ("normal", None, [0.6, 0.2, 0.4], [1.0, 1.0, 1.0]),
+        ("normal", None, [0.5, -0.8, 0.7], [0.0, -4.0, 2.0]),  # not clipped
+        ("normal", [True, True, False], [0.6, 0.2, 7.0], [1.0, 1.0, 7.0]),
+        ("quantiles", None, [0.5, 0.0, 7.0], [0.0, -1.0, 1.0]),
+        (None, None, [0.5, 0.0, 7.0], [0.0, -1.0, 1.0]),  # the first that there are
+        ("bounds", None, [0.0, 3.0, 7.0], [-0.5, 1.0, 1.0]),
+    ],
+)
+def test_proprioception_is_scaled_by_the_kind_of_statistics_that_scales_actions(kind, mask, state, expected):
+    actions = {name: [float(name in ("q99", "max", "std"))] * 7 for name in EVERY}
+    stats = {"any": {"action": actions, "proprio": EVERY | ({} if mask is None else {"mask": mask})}}
+    policy = make_openvla(stats, oft={"state_size": 3}, action_statistics=kind)
+    inputs = policy.prepare(make_obs("stack")._replace(state=torch.tensor([state])))
+    torch.testing.assert_close(inputs["state"], torch.tensor([expected]))
+
+
+def test_checkpoints_with_means_only_have_means_of_proprioception_too():
+    normal = {"mean": [0.0] * 7, "std": [1.0] * 7}
+    stats = {"any": {"action": normal, "proprio": {name: EVERY[name] for name in ("mean", "std")}}}
+    policy = make_openvla(stats, oft={"state_size": 3})
+    state = policy.prepare(make_obs("stack")._replace(state=torch.tensor([[0.6, 0.2, 0.4]])))["state"]
+    torch.testing.assert_close(state, torch.ones(1, 3))
+    with pytest.raises(ValueError, match="3 finite values of 'q01' and 'q99'"):
+        make_openvla({"any": stats["any"] | {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7}}}, oft={"state_size": 3})
+
+
 def test_the_statistics_of_aloha():
     """Its checkpoints have quantiles too, but are scaled by the bounds."""
     stats = {"aloha": {"action": {"q01": [-1.0] * 14, "q99": [1.0] * 14, "min": [-3.0] * 14, "max": [3.0] * 14}}}

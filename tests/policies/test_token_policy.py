@@ -149,27 +149,59 @@ def test_saving_is_exact_and_auto_classes_find_it(tmp_path):
     assert type(AutoProcessor.from_pretrained(tmp_path)).__name__ == "StareVLAProcessor"
 
 
+def put_in_cache(cache: Path, name: str, revision: str, policy: TokenPolicy) -> Path:
+    """Save as a commit of the Hub's repository `user/name` that was downloaded to `cache`."""
+    repo, commit = cache / f"models--user--{name}", f"{int.from_bytes(revision.encode()):040x}"
+    (repo / "refs").mkdir(parents=True, exist_ok=True)
+    (repo / "refs" / revision).write_text(commit)
+    if hasattr(policy.model, "peft_config"):  # the cache remembers what the Hub has not
+        (repo / ".no_exist" / commit).mkdir(parents=True)
+        (repo / ".no_exist" / commit / "config.json").touch()
+    policy.save_pretrained(repo / "snapshots" / commit)
+    return repo / "snapshots" / commit
+
+
 @pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])
 def test_a_revision_is_of_model_config_and_processor(tmp_path, adapter):
     """Two commits in a cache of the Hub's; `main` is the second."""
-    base, repo = tmp_path / "base", tmp_path / "cache" / "models--user--vla"
-    make_policy(image_size=16).save_pretrained(base)
-    (repo / "refs").mkdir(parents=True)
+    make_policy(image_size=16).save_pretrained(tmp_path / "base")
     for name, image_size in (("v1", 16), ("main", 32)):
-        policy = TokenPolicy.from_pretrained(base) if adapter else make_policy(image_size=image_size)
+        policy = TokenPolicy.from_pretrained(tmp_path / "base") if adapter else make_policy(image_size=image_size)
         policy.model.config.norm_stats = {name: STATS["StackCube-v1"]}
         policy.processor.image_processor.image_size = image_size
         if adapter:
             policy.model = get_peft_model(policy.model, LoraConfig(r=2, target_modules=["q_proj"]))
-        commit = f"{image_size:040x}"
-        if adapter:  # the cache remembers what the Hub has not
-            (repo / ".no_exist" / commit).mkdir(parents=True)
-            (repo / ".no_exist" / commit / "config.json").touch()
-        (repo / "refs" / name).write_text(commit)
-        policy.save_pretrained(repo / "snapshots" / commit)
+        put_in_cache(tmp_path / "cache", "vla", name, policy)
     for options, key, image_size in (({"revision": "v1"}, "v1", 16), ({}, "main", 32)):
         loaded = TokenPolicy.from_pretrained("user/vla", cache_dir=tmp_path / "cache", **options)
         assert (loaded.unnorm_key, loaded.processor.image_processor.image_size) == (key, image_size)
+
+
+@pytest.mark.parametrize("named", [None, "old"])
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_revision_of_an_adapter_is_not_demanded_of_its_base(tmp_path, revision, named):
+    """The base has no `v1`; its own revision the adapter names, as PEFT writes it, or it is `main`."""
+    inputs, trace, scores = make_policy().prepare(make_obs(1)), torch.arange(14)[None], {}
+    bases = {"main": make_policy(), "old": make_policy()}
+    torch.nn.init.normal_(bases["old"].model.get_output_embeddings().weight)
+    for name, base in bases.items():
+        put_in_cache(tmp_path, "base", name, base)
+    for name in ("v1", "main"):
+        policy = TokenPolicy.from_pretrained("user/base", cache_dir=tmp_path, revision=named)
+        lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        policy.model = get_peft_model(policy.model, lora, revision=named)
+        policy.processor.image_processor.image_size = 16 if name == "v1" else 32
+        folder = put_in_cache(tmp_path, "lora", name, policy)
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        assert (settings["base_model_name_or_path"], settings["revision"]) == ("user/base", named)
+        scores[name] = policy.score(inputs, trace).item()
+    options = {} if revision is None else {"revision": revision}
+    loaded = TokenPolicy.from_pretrained("user/lora", cache_dir=tmp_path, **options)
+    assert loaded.score(inputs, trace).item() == pytest.approx(scores[revision or "main"], rel=1e-5)
+    assert len({*scores.values()}) == 2
+    local = TokenPolicy.from_pretrained(folder, cache_dir=tmp_path)
+    assert local.score(inputs, trace).item() == pytest.approx(scores["main"], rel=1e-5)
+    assert loaded.processor.image_processor.image_size == (16 if revision else 32)
 
 
 def test_it_learns_to_see():

@@ -33,6 +33,62 @@ def test_openpis_names():
     assert theirs.instructions == ours.instructions
 
 
+@pytest.mark.parametrize(
+    ("cameras", "image", "wrist", "seen", "single"),
+    [
+        (1, [8, 12, 3], None, [1, 8, 12, 3], True),
+        (1, [2, 8, 12, 3], None, [2, 8, 12, 3], False),
+        (2, [2, 8, 12, 3], None, [1, 2, 8, 12, 3], True),
+        (2, [4, 2, 8, 12, 3], None, [4, 2, 8, 12, 3], False),
+        (2, [8, 12, 3], [8, 12, 3], [1, 2, 8, 12, 3], True),
+        (2, [4, 8, 12, 3], [4, 8, 12, 3], [4, 2, 8, 12, 3], False),
+        (3, [3, 8, 12, 3], None, [1, 3, 8, 12, 3], True),
+        (None, [8, 12, 3], None, [1, 8, 12, 3], True),
+        (None, [2, 8, 12, 3], None, [2, 8, 12, 3], False),
+        (None, [4, 2, 8, 12, 3], None, [4, 2, 8, 12, 3], False),
+        (None, [8, 12, 3], [8, 12, 3], [1, 2, 8, 12, 3], True),
+    ],
+)
+def test_what_the_policy_looks_through_says_what_a_dimension_is(cameras, image, wrist, seen, single):
+    given = {"observation/image": np.full(image, 1, np.uint8), "prompt": "stack"}
+    if wrist is not None:
+        given["observation/wrist_image"] = np.full(wrist, 2, np.uint8)
+    request = read_request(given, LIMITS, num_cameras=cameras)
+    assert ([*request.obs.images.shape], request.single) == (seen, single)
+    assert len(request.obs.instructions) == seen[0]
+    if wrist is not None:
+        assert (request.obs.images[:, 0] == 1).all() and (request.obs.images[:, 1] == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("cameras", "image", "wrist", "error"),
+    [
+        (1, [1, 2, 8, 12, 3], None, r"uint8, \[H, W, 3\] or \[N, H, W, 3\], got uint8 \[1, 2, 8, 12, 3\]"),
+        (1, [8, 12, 3], [8, 12, 3], "`wrist_image` must be left out.*looks through one camera"),
+        (2, [8, 12, 3], None, r"uint8, \[2, H, W, 3\] or \[N, 2, H, W, 3\], of 2 cameras, got uint8 \[8, 12, 3\]"),
+        (2, [3, 8, 12, 3], None, r"of 2 cameras, got uint8 \[3, 8, 12, 3\]"),
+        (2, [4, 3, 8, 12, 3], None, r"of 2 cameras, got uint8 \[4, 3, 8, 12, 3\]"),
+        (2, [2, 8, 12, 3], [8, 12, 3], r"the shape of `image`.*got \[8, 12, 3\] and \[2, 8, 12, 3\]"),
+        (2, [1, 2, 8, 12, 3], [1, 2, 8, 12, 3], "must have the shape of `image`, "),
+        (2, [8, 12, 3], [12, 3], r"`wrist_image` must be uint8, \[H, W, 3\] or \[N, H, W, 3\], got uint8 \[12, 3\]"),
+        (2, [8, 12, 3], [17, 1, 3], "`wrist_image` must have at most 16 pixels a side"),
+        (2, [5, 2, 8, 12, 3], None, "at most 4 observations, got 5"),
+        (2, [5, 8, 12, 3], [5, 8, 12, 3], "at most 4 observations, got 5"),
+        (3, [8, 12, 3], [8, 12, 3], "`wrist_image` must be left out.*3 cameras"),
+        (None, [5, 2, 8, 12, 3], None, "at most 4 observations, got 5"),
+        (None, [1, 9, 8, 12, 3], None, "of at most 8 cameras, got 9"),
+        (None, [1, 1, 1, 1, 1, 3], None, r"\[N, H, W, 3\] or \[N, cameras, H, W, 3\], got uint8"),
+        (None, [1, 1, 17, 1, 3], None, "at most 16 pixels a side"),
+    ],
+)
+def test_pictures_that_the_policy_does_not_look_at_are_refused(cameras, image, wrist, error):
+    given = {"image": np.zeros(image, np.uint8), "instruction": "stack"}
+    if wrist is not None:
+        given["wrist_image"] = np.zeros(wrist, np.uint8)
+    with pytest.raises(ValueError, match=error):
+        read_request(given, LIMITS, num_cameras=cameras)
+
+
 def test_a_reset_alone_and_a_policy_without_state():
     assert read_request({"reset": True}, LIMITS, 3).obs is None
     assert read_request({"image": IMAGE, "instruction": "stack"}, LIMITS).obs.state is None

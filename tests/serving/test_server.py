@@ -14,7 +14,7 @@ from websockets.sync.client import connect
 from trl_stare.envs import make_env
 from trl_stare.evaluation import evaluate
 from trl_stare.interfaces import Observation
-from trl_stare.policies import TokenPolicy
+from trl_stare.policies import TokenPolicy, create_tiny_openvla, create_tiny_pi0
 from trl_stare.serving import Limits, PolicyServer, RemotePolicy, pack, unpack
 from trl_stare.stages import get_plan
 
@@ -82,6 +82,38 @@ def test_a_remote_policy_samples_as_the_local_one(policy, remote, temperature):
         local = policy.act(policy.prepare(observation(n)), temperature=temperature, generator=ours)
         far = remote.act(remote.prepare(observation(n)), temperature=temperature, generator=theirs)
         assert all(torch.equal(getattr(local, name), getattr(far, name)) for name in ("actions", "trace", "logps"))
+
+
+SCALED = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "told", "cameras"),
+    [
+        (create_tiny_openvla, {"oft": {"chunk_size": 2, "num_images": 2, "state_size": 7}}, (2, 7), 2),
+        (create_tiny_openvla, {"oft": {"chunk_size": 2}}, (1, None), None),
+        (create_tiny_openvla, {}, (1, None), None),
+        (create_tiny_pi0, {}, (None, 7), 3),
+        (create_tiny_pi0, {}, (None, 7), None),
+    ],
+)
+def test_cameras_and_proprioception_are_those_of_the_policy(make, settings, told, cameras):
+    policy = make({"any": {"action": SCALED, "state": SCALED, "proprio": SCALED}}, **settings)
+    shape = (2, 28, 28, 3) if cameras is None else (2, cameras, 28, 28, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    obs = Observation(images, ("stack", "lift"), None if told[1] is None else torch.rand(2, told[1]))
+    with PolicyServer(policy, port=0) as server, RemotePolicy(server.url, timeout=20) as remote:
+        assert (remote.metadata["num_cameras"], remote.metadata["state_size"]) == told
+        local = policy.act(policy.prepare(obs), temperature=0.0, generator=None)
+        far = remote.act(remote.prepare(obs), temperature=0.0)
+        assert torch.equal(far.actions, local.actions)
+        if obs.state is not None:
+            with pytest.raises(ValueError, match=r"refused: `state` must be \[7\] or \[N, 7\], got none"):
+                remote.act(remote.prepare(obs._replace(state=None)), temperature=0.0)
+        if told[0] == 2:
+            one = {"observation/image": images[0, 0], "observation/wrist_image": images[0, 1], "prompt": "stack"}
+            answer = remote.infer(one | {"observation/state": obs.state[0], "temperature": 0.0})
+            np.testing.assert_allclose(answer["actions"], local.actions[0], atol=1e-5)
 
 
 def test_a_session_is_its_own_and_a_reset_begins_it_anew(server, remote):

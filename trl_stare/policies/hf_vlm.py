@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -76,7 +77,7 @@ class HFVLMPolicy(AutoregressivePolicy, model_type="hf_vlm"):
             norm_stats (`dict`): see [`ActionStatistics`].
             prompt (`str`): with `{instruction}`, and with the image's placeholder as the processor wants it.
             action_token_ids (`Sequence[int]`, *optional*): rows of the vocabulary to reuse, lowest bin first. By default `num_bins` tokens
-                `<action_0>`, ... are appended to the tokenizer and to the embeddings.
+                `<action_0>`, ... are appended to the tokenizer and to the embeddings, whose new rows are drawn with the spread of the old.
             num_bins (`int`): of appended tokens. chunk_size (`int`): `C`, environment steps per decision.
             action_convention (`str`): see [`~trl_stare.policies.conventions.get_convention`].
         """
@@ -84,8 +85,7 @@ class HFVLMPolicy(AutoregressivePolicy, model_type="hf_vlm"):
             raise ValueError(f"`prompt` must hold `{{instruction}}`, got {prompt!r}.")
         if action_token_ids is None:
             names = [f"<action_{i}>" for i in range(num_bins)]
-            processor.tokenizer.add_tokens(names, special_tokens=True)
-            model.resize_token_embeddings(max(len(processor.tokenizer), model.get_input_embeddings().num_embeddings))
+            _append_tokens(model, processor.tokenizer, names)
             action_token_ids = processor.tokenizer.convert_tokens_to_ids(names)
         model.config.vla = {
             "action_token_ids": list(action_token_ids),
@@ -160,3 +160,26 @@ class HFVLMPolicy(AutoregressivePolicy, model_type="hf_vlm"):
     @property
     def _packed(self) -> bool:
         return self.model.config.model_type in _PACKED_TYPES
+
+
+@torch.no_grad()
+def _append_tokens(model: Any, tokenizer: Any, names: Sequence[str]) -> None:
+    """Teach both the tokens called `names`; rows of what neither knew are drawn around the mean of the others, with their spread.
+
+    transformers would put all new rows at the mean, with noise of 3e-5: as good as the same, in bfloat16 the same. A LoRA changes no
+    row, and could tell no bin from another.
+    """
+    known, rows = tokenizer.get_vocab(), model.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens(list(names), special_tokens=True)
+    total = max(len(tokenizer), rows)
+    model.resize_token_embeddings(total, mean_resizing=False)
+    # a vocabulary may have rows to spare, which no token has trained
+    unknown = tokenizer.convert_tokens_to_ids([name for name in names if name not in known])
+    old = torch.tensor([row for row in known.values() if row < rows])
+    new = torch.tensor(sorted({*unknown, *range(rows, total)}), dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    for weight in {id(module.weight): module.weight for module in modules}.values():  # they may be tied
+        trained = weight[old.to(weight.device)].float()
+        noise = torch.randn(len(new), weight.shape[1], generator=generator).to(weight.device)
+        weight[new.to(weight.device)] = (trained.mean(0) + trained.std(0) * noise).to(weight.dtype)

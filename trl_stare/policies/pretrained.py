@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
 from trl_stare.interfaces import ADAPTER_CONFIG_NAME
 from trl_stare.policies.normalization import select_statistics
@@ -22,12 +23,16 @@ class PretrainedPolicy:
     Attributes:
         model (`PreTrainedModel`), processor (`ProcessorMixin`): saved together.
         processor_class (`type`): what loads the processor.
+        num_cameras (`int` or `None`): what it looks through; `None` for any number.
+        statistics_file (`str` or `None`): beside a checkpoint's config, its entries take the place of `norm_stats`.
     """
 
     processor_class: ClassVar[Any] = AutoProcessor
+    statistics_file: ClassVar[str | None] = None
     model: Any
     processor: Any
     unnorm_key: str
+    num_cameras: int | None = 1
 
     _classes: ClassVar[dict[str, type[PretrainedPolicy]]] = {}
 
@@ -62,9 +67,7 @@ class PretrainedPolicy:
                 f"`{folder}` must hold a model whose `model_type` is registered, got one that is not. If it is your own, import its "
                 "module first, in recipes by `--task_module`: see docs/own_vla.md."
             ) from error
-        config = model.config
-        kind = "hf_vlm" if getattr(config, "vla", None) else getattr(config, "policy_type", config.model_type)
-        policy_class = cls._classes.get(kind)
+        policy_class = _policy_class(model.config)
         if policy_class is None:
             raise ValueError(
                 f"`{folder}` must hold a VLA, one of {sorted(cls._classes)}, got {model.config.model_type!r}. A "
@@ -77,11 +80,14 @@ class PretrainedPolicy:
         """Write model and processor; [`from_pretrained`] reads them back exactly.
 
         Of a PEFT model only the adapter is written, and with it the model's config: statistics and conventions may not be the base's.
+        A `statistics_file` that was there is removed: the config holds the statistics in use, and the file would take their place.
         """
         self.model.save_pretrained(folder, **kwargs)
         if hasattr(self.model, "peft_config"):
             self.model.config.to_json_file(Path(folder) / ADAPTER_CONFIG_NAME)
         self.processor.save_pretrained(folder)
+        if self.statistics_file is not None:
+            (Path(folder) / self.statistics_file).unlink(missing_ok=True)
 
     def keep_statistics(self) -> None:
         """Forget all statistics but those in use: what is then saved loads without an `unnorm_key`."""
@@ -97,6 +103,11 @@ class PretrainedPolicy:
             getattr(config, "vision_config", None), "image_size", None
         )
         return max(size) if isinstance(size, (list, tuple)) else size
+
+    @property
+    def state_size(self) -> int | None:
+        """Values of proprioception that the policy reads; `None` if its configuration does not say."""
+        return getattr(self.model.config, "state_size", None)
 
     @property
     def device(self) -> torch.device:
@@ -116,23 +127,63 @@ def vla_settings(config: Any) -> dict[str, Any]:
 def load_model(folder: str | Path, **kwargs: Any) -> Any:
     """`AutoModelForImageTextToText.from_pretrained`, but an adapter that came with a config of its own keeps it.
 
-    Entries of `config.vla` are changed by their names, as fields of a config are.
+    Entries of `config.vla` are changed by their names, as fields of a config are. A `revision` is that of the repository `folder`: the
+    base of an adapter is of the one that the adapter names, `main` where it names none. Of an adapter in a local folder it is the base's.
+    The policy's `statistics_file` takes the place of the config's `norm_stats`, unless `norm_stats` are given.
     """
     where = _where(kwargs)
-    names = (ADAPTER_CONFIG_NAME, CONFIG_NAME)
-    stored = [
-        name for name in names if cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **where)
-    ]
-    if stored:  # an adapter of somebody else's has the config of its base
-        config = AutoConfig.from_pretrained(folder, _configuration_file=stored[0], **where)
-        vla = getattr(config, "vla", None) or {}
-        if changes := {name: kwargs.pop(name) for name in vla.keys() & kwargs.keys()}:
-            kwargs["vla"] = vla | changes
+    places = [(folder, where)]
+    stored = [name for name in (ADAPTER_CONFIG_NAME, CONFIG_NAME) if _find(folder, name, where)]
+    adapter = find_adapter_config_file(folder, **where)
+    if adapter is not None:
+        kwargs["adapter_kwargs"] = {"revision": None} | where
+        settings = json.loads(Path(adapter).read_text())
+        if not (Path(folder).is_dir() and where.get("revision")):
+            # transformers would demand the adapter's revision of the base too
+            kwargs["revision"] = settings.get("revision")
+        if not stored:  # an adapter of somebody else's has the config of its base
+            places.append((settings["base_model_name_or_path"], _where(kwargs)))
+    home, of_home = places[-1]
+    config = AutoConfig.from_pretrained(home, _configuration_file=(stored or [CONFIG_NAME])[0], **of_home)
+    vla = getattr(config, "vla", None) or {}
+    if changes := {name: kwargs.pop(name) for name in vla.keys() & kwargs.keys()}:
+        kwargs["vla"] = vla | changes
+    name = getattr(_policy_class(config), "statistics_file", None)
+    files = [_find(place, name, of_place) for place, of_place in places if name and "norm_stats" not in kwargs]
+    if path := next(filter(None, files), None):
+        kwargs["norm_stats"] = _read_statistics(path)
     if ADAPTER_CONFIG_NAME in stored:
         for name in [name for name in kwargs if name != "dtype" and hasattr(config, name)]:
             setattr(config, name, kwargs.pop(name))
         kwargs["config"] = config
     return AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
+
+
+def _policy_class(config: Any) -> type[PretrainedPolicy] | None:
+    """Of the model with this `config`."""
+    kind = "hf_vlm" if getattr(config, "vla", None) else getattr(config, "policy_type", config.model_type)
+    return PretrainedPolicy._classes.get(kind)
+
+
+def _read_statistics(path: str) -> dict[str, Any]:
+    """The content of a policy's `statistics_file`.
+
+    Raises:
+        ValueError: it is not a map.
+    """
+    text = Path(path).read_text()
+    try:
+        statistics = json.loads(text)
+    except json.JSONDecodeError:
+        statistics = None
+    if not isinstance(statistics, dict):
+        raise ValueError(f"`{path}` must hold statistics by their keys, got {text[:60]!r}. Copy the file again.")
+    return statistics
+
+
+def _find(folder: str | Path, name: str, where: dict[str, Any]) -> str | None:
+    """Path of a checkpoint's file, downloaded where that is needed; `None` if there is none."""
+    return cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **where)
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:

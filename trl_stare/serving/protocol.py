@@ -16,10 +16,15 @@ from trl_stare.interfaces import Observation, VLAPolicy
 PROTOCOL = "trl-stare/1"
 """First thing in the server's metadata; the number changes when old clients would misunderstand."""
 
-ALIASES = {"observation/image": "image", "observation/state": "state", "prompt": "instruction"}
-"""OpenPI's names of the same fields."""
+ALIASES = {
+    "observation/image": "image",
+    "observation/wrist_image": "wrist_image",
+    "observation/state": "state",
+    "prompt": "instruction",
+}
+"""OpenPI's names of the same fields, as its LIBERO clients have them."""
 
-FIELDS = ("image", "state", "instruction", "temperature", "reset", "seed")
+FIELDS = ("image", "wrist_image", "state", "instruction", "temperature", "reset", "seed")
 
 MAX_SEED = 2**64 - 1
 """PyTorch's."""
@@ -31,7 +36,8 @@ class Limits:
 
     Args:
         max_bytes (`int`): of one message. max_rows (`int`): observations in one request. max_pixels (`int`): height and width of an image.
-        max_characters (`int`): of an instruction. max_connections (`int`): clients at a time.
+        max_cameras (`int`): of one observation, where the policy takes any number. max_characters (`int`): of an instruction.
+        max_connections (`int`): clients at a time.
 
     Raises:
         ValueError: if one is below 1.
@@ -40,6 +46,7 @@ class Limits:
     max_bytes: int = 64 * 2**20
     max_rows: int = 256
     max_pixels: int = 2048
+    max_cameras: int = 8
     max_characters: int = 4096
     max_connections: int = 16
 
@@ -75,16 +82,16 @@ def describe(policy: VLAPolicy, *, temperature: float, seed: int, limits: Limits
         more: what only the caller knows: `task`, `control_mode`, `model`, ...
 
     Returns:
-        `protocol`, `action_dim`, `chunk_size`, `image_size` and `state_size` (`None` where the policy names none), `temperature`,
-        `seed`, `limits`, and `more`.
+        `protocol`, `action_dim`, `chunk_size`, `image_size` and `state_size` (`None` where the policy names none), `num_cameras` (`None`
+        where it takes any number), `temperature`, `seed`, `limits`, and `more`.
     """
-    config = getattr(policy.model, "config", None)
     return {
         "protocol": PROTOCOL,
         "action_dim": policy.action_dim,
         "chunk_size": policy.chunk_size,
         "image_size": getattr(policy, "image_size", None),
-        "state_size": getattr(config, "state_size", None),
+        "num_cameras": getattr(policy, "num_cameras", 1),
+        "state_size": getattr(policy, "state_size", None),
         "temperature": temperature,
         "seed": seed,
         "limits": asdict(limits),
@@ -92,14 +99,17 @@ def describe(policy: VLAPolicy, *, temperature: float, seed: int, limits: Limits
     }
 
 
-def read_request(message: Any, limits: Limits, state_size: int | None = None) -> Request:
+def read_request(message: Any, limits: Limits, state_size: int | None = None, num_cameras: int | None = 1) -> Request:
     """Check a message, and turn it into what a policy takes.
 
     Args:
         message: as [`unpack`] gave it: `image` `[H, W, 3]` or `[N, H, W, 3]` uint8, `instruction` (one for all rows, or a list of `N`),
-            `state` `[P]` or `[N, P]`, `temperature`, `reset`, `seed`; the fields of `ALIASES` too. Others are refused.
+            `state` `[P]` or `[N, P]`, `temperature`, `reset`, `seed`; the fields of `ALIASES` too. Others are refused. Of several cameras
+            `image` is `[cameras, H, W, 3]` or `[N, cameras, H, W, 3]`; the second of two may come as a `wrist_image` of its own.
         limits ([`Limits`]): what is too much.
         state_size (`int`, *optional*): `P`, where it is known.
+        num_cameras (`int`, *optional*): what the policy looks through; `None` for any number: of several `N` must be given then, for
+            `[2, H, W, 3]` are two observations of one camera.
 
     Raises:
         ValueError: names the field, what it must be, and what came.
@@ -117,27 +127,67 @@ def read_request(message: Any, limits: Limits, state_size: int | None = None) ->
         raise ValueError(f"`seed` must be an integer from 0 to 2^64 - 1, given with `reset`, got {seed!r}.")
     if reset and "image" not in given:
         return Request(None, False, temperature, reset, seed)
-    images = _images(given.get("image"), limits)
-    single = images.ndim == 3
-    images = images[None] if single else images
+    images, single = _images(given, limits, num_cameras)
     state = _state(given.get("state"), single, len(images), state_size)
     instructions = _instructions(given.get("instruction"), len(images), limits)
     return Request(Observation(images, instructions, state), single, temperature, reset, seed)
 
 
-def _images(image: Any, limits: Limits) -> Tensor:
-    wanted = "`image` must be uint8, [H, W, 3] or [N, H, W, 3]"
+def _images(given: Mapping[str, Any], limits: Limits, cameras: int | None) -> tuple[Tensor, bool]:
+    """`[N, H, W, 3]`, of several cameras `[N, cameras, H, W, 3]`; and whether it was one observation, without the dimension `N`."""
+    pictures = _pictures("image", given.get("image"), limits, cameras)
+    apart = given.get("wrist_image") is not None
+    if apart:
+        wrist = _pictures("wrist_image", given["wrist_image"], limits, cameras)
+        if cameras not in (None, 2):
+            raise ValueError(
+                f"`wrist_image` must be left out, got one. This policy looks through {_number_of(cameras)}."
+            )
+        if wrist.shape != pictures.shape or wrist.ndim > 4:
+            raise ValueError(
+                f"`wrist_image` must have the shape of `image`, [H, W, 3] or [N, H, W, 3], got {[*wrist.shape]} and {[*pictures.shape]}."
+            )
+        pictures = np.stack([pictures, wrist], axis=-4)
+    several = apart or (pictures.ndim == 5 if cameras is None else cameras > 1)
+    dims = 4 if several else 3  # of one observation
+    single = pictures.ndim == dims
+    if pictures.ndim not in (dims, dims + 1) or (several and cameras not in (None, pictures.shape[-4])):
+        raise ValueError(f"{_wanted('image', cameras)}, got uint8 {[*pictures.shape]}.")
+    if not single and len(pictures) > limits.max_rows:
+        raise ValueError(
+            f"`image` must hold at most {limits.max_rows} observations, got {len(pictures)}. Ask in parts."
+        )
+    if several and cameras is None and pictures.shape[-4] > limits.max_cameras:
+        raise ValueError(f"`image` must be of at most {limits.max_cameras} cameras, got {pictures.shape[-4]}.")
+    images = torch.from_numpy(pictures.copy())
+    return (images[None] if single else images), single
+
+
+def _pictures(name: str, image: Any, limits: Limits, cameras: int | None) -> np.ndarray:
+    """The field `name`, whose last three dimensions are a picture's."""
+    wanted = _wanted(name, cameras)
     if not isinstance(image, np.ndarray):
         raise ValueError(f"{wanted}, got {'none' if image is None else type(image).__name__}.")
-    if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape:
+    if image.dtype != np.uint8 or image.ndim not in (3, 4, 5) or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"{wanted}, got {image.dtype} {[*image.shape]}.")
-    if image.ndim == 4 and len(image) > limits.max_rows:
-        raise ValueError(f"`image` must hold at most {limits.max_rows} observations, got {len(image)}. Ask in parts.")
     if max(image.shape[-3:-1]) > limits.max_pixels:
         raise ValueError(
-            f"`image` must have at most {limits.max_pixels} pixels a side, got {[*image.shape]}. Make it smaller."
+            f"`{name}` must have at most {limits.max_pixels} pixels a side, got {[*image.shape]}. Make it smaller."
         )
-    return torch.from_numpy(image.copy())
+    return image
+
+
+def _wanted(name: str, cameras: int | None) -> str:
+    shapes = "[H, W, 3] or [N, H, W, 3]"
+    if cameras is None and name == "image":
+        shapes = "[H, W, 3], [N, H, W, 3] or [N, cameras, H, W, 3]"
+    elif cameras != 1 and name == "image":
+        shapes = f"[{cameras}, H, W, 3] or [N, {cameras}, H, W, 3], of {_number_of(cameras)}"
+    return f"`{name}` must be uint8, {shapes}"
+
+
+def _number_of(cameras: int) -> str:
+    return "one camera" if cameras == 1 else f"{cameras} cameras"
 
 
 def _state(state: Any, single: bool, rows: int, size: int | None) -> Tensor | None:

@@ -63,6 +63,7 @@ class PolicyServer:
             raise ValueError(f"`temperature` must be at least 0, got {temperature}.")
         self.policy, self.temperature, self.seed, self.limits = policy, temperature, seed, limits or Limits()
         self.metadata = describe(policy, temperature=temperature, seed=seed, limits=self.limits, **metadata)
+        self._sizes = self.metadata["state_size"], self.metadata["num_cameras"]
         self._turn = threading.Lock()
         self._free = threading.BoundedSemaphore(self.limits.max_connections)
         self._sessions: set[ServerConnection] = set()
@@ -126,7 +127,7 @@ class PolicyServer:
         try:
             if isinstance(message, str):
                 raise ValueError("a request must be a binary message, got text.")
-            request = read_request(unpack(message), self.limits, self.metadata["state_size"])
+            request = read_request(unpack(message), self.limits, *self._sizes)
             return pack(self._decide(request, generator))
         except ValueError as error:
             return str(error)

@@ -72,6 +72,7 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
     """
 
     processor_class = FlowProcessor
+    num_cameras = None
 
     def __init__(self, model: Any, processor: Any, unnorm_key: str | None = None):
         config = model.config
@@ -94,6 +95,11 @@ class FlowPolicy(PretrainedPolicy, model_type="pi0"):
     def image_size(self) -> int | None:
         """Pixels of a side of the pictures that the model reads, as the processor says; `None` if it does not."""
         return getattr(self.processor, "image_size", None)
+
+    @property
+    def state_size(self) -> int | None:
+        """Values of proprioception that the statistics have; `None` where none is read."""
+        return None if self.state_statistics is None else self.state_statistics.action_dim
 
     @property
     def latent_dim(self) -> int:

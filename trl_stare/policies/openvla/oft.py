@@ -44,8 +44,14 @@ class OpenVLAOFTPolicy(OpenVLAPolicy, model_type="openvla_oft"):
     ):
         super().__init__(model, processor, unnorm_key, action_convention)
         self.settings = model.config.oft_settings
+        self.num_cameras = self.settings.num_images
         if self.settings.state_size:
-            self._low, self._high, self._scaled = self._state_range(model.config)
+            self._first, self._second, self._scaled = self._state_statistics(model.config)
+
+    @property
+    def state_size(self) -> int | None:
+        """Values of proprioception that the model reads; `None` for none."""
+        return self.settings.state_size or None
 
     def prepare(self, obs: Observation) -> dict[str, Tensor]:
         """As [`OpenVLAPolicy`], of several cameras `obs.images` `[N, cameras, H, W, 3]`; `state` `[N, P]` normalised.
@@ -67,9 +73,7 @@ class OpenVLAOFTPolicy(OpenVLAPolicy, model_type="openvla_oft"):
                 raise ValueError(
                     f"`obs.state` must be `[N, {size}]`, got {got}. This checkpoint reads proprioception."
                 )
-            # `normalize_proprio` of openvla-oft `experiments/robot/openvla_utils.py`
-            state = (2 * (obs.state - self._low) / (self._high - self._low + 1e-8) - 1).clamp(-1, 1)
-            inputs["state"] = torch.where(self._scaled, state, obs.state)
+            inputs["state"] = torch.where(self._scaled, self._normalize(obs.state), obs.state)
         return inputs
 
     def action_logits(self, inputs: dict[str, Tensor], trace: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -92,17 +96,28 @@ class OpenVLAOFTPolicy(OpenVLAPolicy, model_type="openvla_oft"):
         trace, logps = sample_bins(logits, temperature, generator)
         return ActionSample(self.decode(trace), trace, logps, features.float().cpu())
 
-    def _state_range(self, config: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Lowest and highest value `[P]`, and where they apply."""
-        low, high = KINDS[config.action_statistics or "quantiles"]
+    def _normalize(self, state: Tensor) -> Tensor:
+        """`[N, P]` as the model was trained to read it: only what has a range is clipped.
+
+        Sources: `normalize_proprio` of openvla-oft `experiments/robot/openvla_utils.py`, and, since that knows no `"normal"`,
+        `normalize_action_and_proprio` of its `prismatic/vla/datasets/rlds/utils/data_utils.py`.
+        """
+        if self.bins.statistics.kind == "normal":
+            return (state - self._first) / (self._second + 1e-8)
+        return (2 * (state - self._first) / (self._second - self._first + 1e-8) - 1).clamp(-1, 1)
+
+    def _state_statistics(self, config: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The two statistics `[P]` of the kind that scales the actions, and where they apply."""
+        names = KINDS[self.bins.statistics.kind]
         stats = config.norm_stats[self.unnorm_key].get("proprio", {})
-        mask = stats.get("mask", [True] * len(stats.get(low, ())))
-        found = [torch.tensor(values) for values in (stats.get(low, ()), stats.get(high, ()), mask)]
+        first, second = (stats.get(name, ()) for name in names)
+        mask = stats.get("mask", [True] * len(first))
+        found = [torch.tensor(values) for values in (first, second, mask)]
         if any(
             len(values) != self.settings.state_size or not torch.isfinite(values.float()).all() for values in found
         ):
             raise ValueError(
-                f"`norm_stats[{self.unnorm_key!r}]['proprio']` must hold {self.settings.state_size} finite values of {low!r} and "
-                f"{high!r}, got {stats}. Take them from the checkpoint's `dataset_statistics.json`."
+                f"`norm_stats[{self.unnorm_key!r}]['proprio']` must hold {self.settings.state_size} finite values of {names[0]!r} and "
+                f"{names[1]!r}, got {stats}. Take them from the checkpoint's `dataset_statistics.json`."
             )
         return found[0], found[1], found[2].bool()

@@ -20,7 +20,9 @@ class OpenVLAPolicy(AutoregressivePolicy, model_type="openvla"):
     """An [`AutoregressivePolicy`] over [`OpenVLAForActionPrediction`]: one step of `A` values per decision.
 
     Args:
-        model ([`OpenVLAForActionPrediction`]): its config holds `norm_stats` and `action_convention`.
+        model ([`OpenVLAForActionPrediction`]): its config holds `norm_stats` and `action_convention`. [`from_pretrained`] takes the
+            content of a `dataset_statistics.json` beside it in the place of `norm_stats`, as the published evaluation does: the published
+            fine-tuning writes new statistics nowhere else.
         processor ([`OpenVLAProcessor`]): tokenizer and image size.
         unnorm_key (`str`, *optional*): which statistics to use; may be left out where the checkpoint has only one.
         action_convention (`str`, *optional*): overrides the config's, and is saved with it. Published checkpoints name none: use
@@ -37,6 +39,8 @@ class OpenVLAPolicy(AutoregressivePolicy, model_type="openvla"):
     torch.Size([1, 1, 7])
     ```
     """
+
+    statistics_file = "dataset_statistics.json"
 
     def __init__(
         self, model: Any, processor: Any, unnorm_key: str | None = None, action_convention: str | None = None
