@@ -85,7 +85,8 @@ def merge_checkpoint(folder: str | Path, unnorm_key: str | None = None) -> None:
     policy.save_pretrained(part / "whole")
     for file in (part / "whole").iterdir():
         os.replace(file, folder / file.name)
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
+    statistics = filter(None, [policy.statistics_file])  # those in use are in the new config; the file would take their place
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ADAPTER_CONFIG_NAME, *statistics):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(part)
 
