@@ -85,7 +85,8 @@ def merge_checkpoint(folder: str | Path, unnorm_key: str | None = None) -> None:
     policy.save_pretrained(part / "whole")
     for file in (part / "whole").iterdir():
         os.replace(file, folder / file.name)
-    statistics = filter(None, [policy.statistics_file])  # those in use are in the new config; the file would take their place
+    # a file of statistics would take the place of those in use, which the new config has
+    statistics = filter(None, [policy.statistics_file])
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ADAPTER_CONFIG_NAME, *statistics):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(part)
