@@ -85,7 +85,8 @@ def main(args: PairsArguments) -> None:
     if args.relabel:
         relabel_dataset(folder, plan)
         trajectories = TrajectoryFolder(folder, images=False)
-    check_labels(folder, plan)
+    else:
+        check_labels(folder, plan)
     pairs = build_pairs(
         trajectories,
         plan,

@@ -97,12 +97,10 @@ def collect_dataset(
     own = {"policy": name, "first_seed": first_seed, "seed": seed, "successes_only": successes_only}
     own |= {"episodes_per_seed": episodes_per_seed} | dict(settings or {})
     with _alone(Path(folder)):
-        ledger = _Ledger(Path(folder), dict(env.metadata) | {"collection": own})
-        for part in _parts(ledger.folder):
-            check_labels(part, plan)
+        ledger = _Ledger(Path(folder), dict(env.metadata) | {"collection": own}, plan)
         there = min(len(ledger.kept), episodes)
         with tqdm(total=episodes, initial=there, desc=ledger.folder.name, unit="episode", disable=not progress) as bar:
-            for trajectory in _play_missing(ledger, env, make_actor, plan, episodes=episodes, seed=seed, name=name):
+            for trajectory in _play_missing(ledger, env, make_actor, episodes=episodes, seed=seed, name=name):
                 bar.update()
                 if on_episode is not None:
                     on_episode(trajectory)
@@ -147,7 +145,6 @@ def _play_missing(
     ledger: _Ledger,
     env: VectorEnv,
     make_actor: Callable[[torch.Generator], Actor],
-    plan: StagePlan,
     *,
     episodes: int,
     seed: int,
@@ -158,7 +155,7 @@ def _play_missing(
         actor = make_actor(_generator(seed, keys[0], sum(key > keys[0] for key in ledger.played)))
         on_void = partial(_leave_out, ledger, keys)
         for index, trajectory in stream(env, actor, [key.seed for key in keys], name=name, on_void=on_void):
-            if ledger.add(keys[index], trajectory, plan):
+            if ledger.add(keys[index], trajectory):
                 yield trajectory
 
 
@@ -211,13 +208,14 @@ class _Ledger:
     Args:
         folder (`Path`): the dataset.
         metadata (`Mapping`): what the episodes depend on, the collection's own settings under `"collection"`.
+        plan ([`StagePlan`]): labels the stages.
 
     Raises:
-        ValueError: if what is there depends on something else; names it.
+        ValueError: if what is there depends on something else, or is labelled by another plan; names it.
     """
 
-    def __init__(self, folder: Path, metadata: Mapping[str, Any]):
-        self.folder, self.partial = folder, _partial(folder)
+    def __init__(self, folder: Path, metadata: Mapping[str, Any], plan: StagePlan):
+        self.folder, self.partial, self.plan = folder, _partial(folder), plan
         # as it comes back from a file: tuples are lists
         self.metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata), default=str))
         own = self.metadata["collection"]
@@ -230,6 +228,8 @@ class _Ledger:
         self._settings, self._vain = self.partial / "settings.json", self.partial / "in_vain.txt"
         for note in [*notes, *([json.loads(self._settings.read_text())] if self._settings.exists() else [])]:
             self._compare(note)
+        for part in _parts(folder):
+            check_labels(part, plan)
         self.single = {Key(*map(int, path.name.split("-"))) for path in self.partial.glob("[0-9]*-[0-9]*")}
         noted = self._vain.read_text().split() if self._vain.exists() else ()
         self.in_vain = {
@@ -278,13 +278,13 @@ class _Ledger:
         """All episodes there could be, in order."""
         return (Key(self.first_seed + i // self.repeats, i % self.repeats) for i in count())
 
-    def add(self, key: Key, trajectory: Trajectory, plan: StagePlan) -> bool:
+    def add(self, key: Key, trajectory: Trajectory) -> bool:
         """Write a finished episode, all or nothing, or note that it was played in vain; whether it is kept."""
         if self.selects and not trajectory.success_once:
             self.leave_out(key)
             return False
         self._begin()
-        save_trajectories([trajectory], self._file_of(key), plan, metadata=self.metadata)
+        save_trajectories([trajectory], self._file_of(key), self.plan, metadata=self.metadata)
         self.single.add(key)
         return True
 

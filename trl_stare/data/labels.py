@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from trl_stare.data.parquet import ROWS_PER_GROUP, check_columns, open_file, parquet_files, read_groups, write_folder
+from trl_stare.data.row_checks import same_cost
 from trl_stare.data.schema import SIGNAL_PREFIX, TRAJECTORY_FEATURES, label_episode, read_cell
 from trl_stare.stages import Segment, StagePlan
 
@@ -74,9 +74,14 @@ def _stored_and_now(file: Path, plan: StagePlan) -> Iterator[tuple[dict[str, Any
 
 
 def _differing(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first column that differs, costs by more than rounding: another machine computes their last digits otherwise."""
-    pairs = [(Segment(**a), Segment(**b)) for a, b in zip(stored["segments"], now["segments"], strict=False)]
-    same = len(stored["segments"]) == len(now["segments"]) and all(
-        a[:-1] == b[:-1] and math.isclose(a.cost, b.cost, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs
-    )
-    return next((name for name in now if not (same if name == "segments" else stored[name] == now[name])), None)
+    """The first column that differs, costs by more than rounding."""
+
+    def is_same(name: str) -> bool:
+        if name != "segments":
+            return stored[name] == now[name]
+        first, second = ([Segment(**part) for part in labels[name]] for labels in (stored, now))
+        return len(first) == len(second) and all(
+            a[:-1] == b[:-1] and same_cost(a.cost, b.cost) for a, b in zip(first, second, strict=True)
+        )
+
+    return next((name for name in now if not is_same(name)), None)

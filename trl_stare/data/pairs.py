@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trl_stare.data.trajectory import Trajectory
+from trl_stare.files import write_atomically
 from trl_stare.stages import Segment, StagePlan, segment
 
 WHOLE_TRAJECTORY = "trajectory"
@@ -169,10 +169,7 @@ def yield_file(folder: str | Path) -> Path:
 def save_yield(yield_table: Mapping[str, Mapping[str, int]], folder: str | Path) -> Path:
     """Write [`PairSet`]'s `yield_table` beside the folder of its pairs, all or nothing; returns the file."""
     file = yield_file(folder)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.new")
-    new.write_text(json.dumps(yield_table, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, file)
+    write_atomically(file, json.dumps(yield_table, indent=1) + "\n")
     return file
 
 

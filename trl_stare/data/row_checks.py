@@ -31,6 +31,11 @@ class Episode(NamedTuple):
     success: bool
 
 
+def same_cost(a: float, b: float) -> bool:
+    """Whether two costs are equal but for rounding: another machine computes their last digits otherwise."""
+    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
+
+
 def episode_of(cells: Mapping[str, Any]) -> Episode:
     """The facts of a row in which [`episode_problems`] found none."""
     return Episode(
@@ -235,7 +240,7 @@ def _slice_problems(pair: StagePair, side: str, episode: Episode, recorded: Segm
         return
     if (recorded.start, recorded.stop) != (start, stop):
         yield f"{columns} must be the trajectory's segment [{recorded.start}, {recorded.stop}), got {found}"
-    if not math.isclose(recorded.cost, cost, rel_tol=1e-6, abs_tol=1e-9):
+    if not same_cost(recorded.cost, cost):
         yield f"`{side}_cost` must be the segment's, {recorded.cost}, got {cost}"
 
 

@@ -52,10 +52,9 @@ def write_model_card(
         folder (`str`): the checkpoint's folder; must exist.
         phase (`str`): one of `PHASES`, or a later round like `preference-2`.
         result (`PhaseResult` or `Mapping`): its evaluation, or that phase of `results.json`.
-        task (`str`): registered task name.
+        task (`str`): its registered name.
         usage (`str`, *optional*): Python lines that load the checkpoint, if not [`~trl_stare.data.cards.loading_code`].
-        visuals (`str`, *optional*): which visuals the episodes were rendered with.
-        started_from (`str`, *optional*): the checkpoint the phase started from.
+        visuals (`str`, *optional*): of the episodes. started_from (`str`, *optional*): the checkpoint that the phase began from.
         method (`str`, *optional*): what was done, in a sentence, e.g. of a baseline; [`METHODS`] by default.
         model_name (`str`, *optional*): `"{task}-{phase}"` by default.
         license (`str`): identifier as the Hub lists it.

@@ -108,8 +108,8 @@ def build_eval_info(
         metrics (`Mapping`): task -> what [`task_metrics`] says of it.
 
     Returns:
-        `dict`: `per_task`, `per_group` and `overall` as LeRobot writes them (https://github.com/huggingface/lerobot/pull/4628), and `policy`, `settings`, `versions`. A group counts
-        its episodes together; `pc_success_task_mean` is the mean of its tasks' rates, what SimplerEnv's tables call average.
+        `dict`: `per_task`, `per_group` and `overall` as LeRobot writes them (https://github.com/huggingface/lerobot/pull/4628), and
+        `policy`, `settings`, `versions`. A group counts its episodes together; `pc_success_task_mean` is the mean of its tasks' rates, what SimplerEnv's tables call average.
     """
     everything = [result for rows in episodes.values() for result in counted(rows)]
     overall = rates(everything, settings["success_rule"])

@@ -80,9 +80,7 @@ def merge_checkpoint(folder: str | Path, unnorm_key: str | None = None) -> None:
     for file in folder.iterdir():
         if file.is_file() and not file.name.startswith(_OF_WHOLE_WEIGHTS):
             shutil.copy2(file, part)
-    policy = PretrainedPolicy.from_pretrained(part, unnorm_key)
-    policy.model = merge_adapter(policy.model)
-    policy.save_pretrained(part / "whole")
+    policy = _save_merged(part, part / "whole", unnorm_key)
     for file in (part / "whole").iterdir():
         os.replace(file, folder / file.name)
     # a file of statistics would take the place of those in use, which the new config has
@@ -137,12 +135,18 @@ def whole_checkpoint(
             return folder
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)  # of an interrupted merge, perhaps of another adapter
-        policy = PretrainedPolicy.from_pretrained(checkpoint, unnorm_key, **loading)
-        policy.model = merge_adapter(policy.model)
-        policy.save_pretrained(part)
+        _save_merged(checkpoint, part, unnorm_key, **loading)
         (part / MERGED_FROM).write_text(json.dumps(sources, indent=2, sort_keys=True))
         part.rename(folder)
     return folder
+
+
+def _save_merged(checkpoint: str | Path, folder: Path, unnorm_key: str | None, **loading: Any) -> PretrainedPolicy:
+    """Write the whole weights of a checkpoint with an adapter to `folder`; returns their policy."""
+    policy = PretrainedPolicy.from_pretrained(checkpoint, unnorm_key, **loading)
+    policy.model = merge_adapter(policy.model)
+    policy.save_pretrained(folder)
+    return policy
 
 
 def _sources(checkpoint: Path, loading: dict[str, Any]) -> dict[str, Any]:
