@@ -36,6 +36,8 @@ def statistics(**stats) -> ActionStatistics:
         ({"min": [-1.0], "max": [3.0]}, 1.0, 0.0),
         ({"mean": [1.0], "std": [0.5]}, 2.0, 2.0),
         ({"mean": [0.0], "std": [0.0], "mask": [False]}, 2.0, 2.0),
+        ({"q01": [7.0], "q99": [7.0]}, 7.0, 0.0),  # never moves
+        ({"mean": [7.0], "std": [0.0]}, 7.0, 0.0),
         ({"q01": [0.0], "q99": [4.0], "min": [-9.0], "max": [9.0]}, 2.0, 0.0),  # quantiles first
     ],
 )
@@ -50,11 +52,11 @@ def test_normalising_by_hand(stats, action, normalised):
     ("stats", "message"),
     [
         ({}, r"must hold \('q01', 'q99'\) or .* got \[\]"),
-        ({"q01": [0.0], "q99": [0.0]}, "greater than `q01`"),
+        ({"q01": [0.0], "q99": [-0.1]}, "at least `q01`"),
         ({"q01": [0.0], "q99": [float("nan")]}, "`q99` must be finite"),
         ({"q01": [0.0, 0.0], "q99": [1.0]}, "`q99` must hold 2 values"),
         ({"q01": [0.0], "q99": [1.0], "mask": [True, False]}, "`mask` must hold 1 values"),
-        ({"mean": [0.0], "std": [0.0]}, "`std` must be positive"),
+        ({"mean": [0.0], "std": [-1.0]}, "`std` must be at least 0"),
     ],
 )
 def test_bad_statistics_are_refused(stats, message):
@@ -165,8 +167,20 @@ def test_conventions_are_named_and_fit_seven_values():
         get_convention("bridge").to_robot(torch.zeros(14))
 
 
-def test_statistics_of_demonstrations_leave_out_what_never_moves():
-    values = torch.stack([torch.arange(101.0), torch.full((101,), 7.0)], dim=1)
-    assert quantile_statistics(values) == {"q01": [1.0, 7.0], "q99": [99.0, 7.0], "mask": [True, False]}
-    bins = BinnedActions(statistics(**quantile_statistics(values)))
-    assert bins.decode(bins.encode(torch.tensor([50.0, 0.0]))).tolist() == pytest.approx([50.0, 0.0])
+def test_statistics_of_demonstrations_keep_still_what_never_moves():
+    """0 to 100; a constant; a gripper that closes once."""
+    gripper = torch.ones(101)
+    gripper[50] = -1
+    values = torch.stack([torch.arange(101.0), torch.full((101,), 7.0), gripper], dim=1)
+    values = torch.cat([values, values[:1].expand(400, 3)])  # once in 501 steps
+    stats = quantile_statistics(values)
+    assert stats["q01"] == [0.0, 7.0, -1.0] and stats["q99"][1:] == [7.0, 1.0] and stats["mask"] == [True] * 3
+    bins = BinnedActions(statistics(**stats))
+    assert bins.decode(bins.encode(torch.tensor([50.0, 7.0, -1.0]))).tolist() == pytest.approx([50, 7, -1], abs=0.5)
+    # whatever is sampled, the constant stays
+    assert bins.decode(torch.arange(256)[:, None].expand(256, 3))[:, 1].unique().tolist() == [7.0]
+
+
+@pytest.mark.parametrize("stats", [{"q01": [7.0], "q99": [7.0]}, {"mean": [7.0], "std": [0.0]}])
+def test_noise_does_not_move_what_never_moves(stats):
+    assert (statistics(**stats).unnormalize(torch.randn(100, 1)) == 7.0).all()

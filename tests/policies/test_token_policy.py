@@ -73,7 +73,11 @@ def test_statistics_of_dimensions_that_never_move():
     actions[:, 0] = torch.linspace(-0.5, 0.5, 100)
     stats = norm_stats(actions, torch.ones(100, 8))
     assert stats["action"]["scale"][0] == pytest.approx(0.5, abs=0.01)
-    assert stats["action"]["scale"][3] == 1.0 and stats["state"]["std"] == [1.0] * 8
+    actions = torch.cat([actions, torch.zeros(100, 7)])
+    actions[7, 1] = -0.2  # in one step of two hundred
+    scale = norm_stats(actions, torch.ones(200, 8))["action"]["scale"]
+    assert scale[1] == pytest.approx(0.2) and scale[2:] == pytest.approx([1e-3] * 5)
+    assert stats["state"]["std"] == [1.0] * 8
 
 
 def test_unknown_statistics_list_the_known_ones():

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALLEST_SCALE = 1e-3
+"""In robot units: what moves less stands still."""
+
 
 class ActionBins:
     """Uniform bins over `[-scale, scale]` of every action dimension.
@@ -47,11 +50,16 @@ def norm_stats(actions: Tensor, state: Tensor) -> dict[str, Any]:
     Args:
         actions (`Tensor`): `[T, A]` robot units. state (`Tensor`): `[T, P]`.
 
-    A dimension that never moves (no rotation in the demonstrations) keeps the controller's full range of 1, and its middle bin.
+    A dimension that moves in less than one step of a hundred is scaled by its largest magnitude, and one that never does (no
+    rotation in the demonstrations) by 0.001, be its unit radians or a share of the controller's range: noise there must not move
+    the robot.
     State values that never change keep a std of 1.
+
+    Example: an action dimension of 0 has a scale of 0.001, one of 999 zeros and a 0.5 of 0.5, and 0 to 100 one of 99.
     """
-    scale = actions.abs().quantile(0.99, dim=0)
-    scale = torch.where(scale < 1e-3, torch.ones_like(scale), scale)
+    magnitudes = actions.abs()
+    scale, largest = magnitudes.quantile(0.99, dim=0), magnitudes.amax(dim=0)
+    scale = torch.where(scale < SMALLEST_SCALE, largest, scale).clamp(min=SMALLEST_SCALE)
     std = state.std(dim=0)
     std = torch.where(std < 1e-6, torch.ones_like(std), std)
     return {"action": {"scale": scale.tolist()}, "state": {"mean": state.mean(dim=0).tolist(), "std": std.tolist()}}

@@ -35,13 +35,15 @@ def select_statistics(norm_stats: Mapping[str, Any], unnorm_key: str | None) -> 
 class ActionStatistics:
     """Affine map between robot units and `[-1, 1]`: `robot = offset + scale * normalised` where `mask`, unchanged elsewhere.
 
+    A dimension with an empty range (or a std of 0) never moves: it becomes 0, and whatever the model gives its constant.
+
     Attributes:
         kind (`str`): `"quantiles"`, `"bounds"` or `"normal"`.
         first (`Tensor`), second (`Tensor`): `[A]` float64, the two statistics of `kind`.
         mask (`Tensor`): `[A]` bool, dimensions that are scaled at all (OpenVLA's gripper is not).
 
     Raises:
-        ValueError: other sizes, values that are not finite, an empty range, a std that is not positive.
+        ValueError: other sizes, values that are not finite, a range or a std below 0.
 
     Example: q01 = -2 and q99 = 2 map 1 robot unit to 0.5.
     """
@@ -60,12 +62,11 @@ class ActionStatistics:
                 raise ValueError(f"`{name}` must hold {len(self.first)} values, got shape {[*value.shape]}.")
             if not torch.isfinite(value.double()).all():
                 raise ValueError(f"`{name}` must be finite, got {value.tolist()}. Compute the statistics again.")
-        spread = self.second if self.kind == "normal" else self.second - self.first
-        if (spread[self.mask] <= 0).any():
-            rule = "positive" if self.kind == "normal" else f"greater than `{names[0]}`"
+        if (self._spread[self.mask] < 0).any():
+            rule = "at least 0" if self.kind == "normal" else f"at least `{names[0]}`"
             raise ValueError(
                 f"`{names[1]}` must be {rule} wherever the mask is true, got {self.first.tolist()} and "
-                f"{self.second.tolist()}. Mask dimensions that never move."
+                f"{self.second.tolist()}. Compute the statistics again."
             )
 
     @classmethod
@@ -110,35 +111,40 @@ class ActionStatistics:
 
     def normalize(self, actions: Tensor) -> Tensor:
         """`[..., A]` robot units -> `[..., A]` float64; quantiles and bounds are clipped to [-1, 1] where scaled."""
-        actions = actions.double()
-        if self.kind == "normal":
-            scaled = (actions - self.first) / self.second.where(self.mask, torch.ones_like(self.second))
-        else:
-            spread = (self.second - self.first).where(self.mask, torch.ones_like(self.first))
-            scaled = (2 * (actions - self.first) / spread - 1).clamp(-1, 1)
-        return torch.where(self.mask, scaled, actions)
+        actions, moves = actions.double(), self._spread > 0
+        scaled = (actions - self.first) / self._spread.where(moves, torch.ones_like(self.first))
+        if self.kind != "normal":
+            scaled = (2 * scaled - 1).clamp(-1, 1)
+        return torch.where(self.mask, scaled.where(moves, torch.zeros_like(scaled)), actions)
 
     def unnormalize(self, values: Tensor) -> Tensor:
         """`[..., A]` normalised -> `[..., A]` float64 robot units (`predict_action` of the published OpenVLA)."""
         values = values.double()
-        if self.kind == "normal":
-            actions = values * self.second + self.first
-        else:
-            actions = 0.5 * (values + 1) * (self.second - self.first) + self.first
-        return torch.where(self.mask, actions, values)
+        shares = values if self.kind == "normal" else 0.5 * (values + 1)
+        return torch.where(self.mask, shares * self._spread + self.first, values)
+
+    @property
+    def _spread(self) -> Tensor:
+        """`[A]`, robot units."""
+        return self.second if self.kind == "normal" else self.second - self.first
 
 
 def quantile_statistics(values: Tensor) -> dict[str, list]:
-    """Statistics of demonstrations as a checkpoint's config holds them: `q01`, `q99`, and `mask`, which leaves out what never moves.
+    """Statistics of demonstrations as a checkpoint's config holds them: `q01`, `q99`, and `mask`, which is true everywhere.
+
+    Of what moves in less than one step of a hundred (a gripper that hardly ever closes) they are the smallest and largest value.
 
     Args:
         values (`Tensor`): `[T, D]`, actions (as the checkpoint's convention has them) or proprioception.
 
-    Example: values 0 to 100 and a constant give `{"q01": [1.0, 7.0], "q99": [99.0, 7.0], "mask": [True, False]}`.
+    Example: values 0 to 100 and a constant give `{"q01": [1.0, 7.0], "q99": [99.0, 7.0], "mask": [True, True]}`.
     """
     # numpy's, as OpenVLA's data code: torch's refuses more than 2^24 values
-    low, high = (torch.from_numpy(np.quantile(values.double().numpy(), q, axis=0)) for q in (0.01, 0.99))
-    return {"q01": low.tolist(), "q99": high.tolist(), "mask": (high > low).tolist()}
+    values = values.double().numpy()
+    low, high, least, most = np.quantile(values, (0.01, 0.99, 0.0, 1.0), axis=0)
+    seldom = low == high
+    low, high = np.where(seldom, least, low), np.where(seldom, most, high)
+    return {"q01": low.tolist(), "q99": high.tolist(), "mask": [True] * len(low)}
 
 
 class BinnedActions:
