@@ -92,6 +92,7 @@ def load(args: SFTArguments, model_args: ModelConfig, folder: Path) -> TokenPoli
             tokenizer=AutoTokenizer.from_pretrained(args.tokenizer),
             norm_stats=statistics_of(args, convention, "state"),
             settings=args.lerobot | {"flow": args.lerobot.get("flow", {}) | {"action_convention": convention}},
+            revision=model_args.model_revision,
             **options,
         )
     checkpoint = whole_checkpoint(

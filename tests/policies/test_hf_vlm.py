@@ -12,14 +12,17 @@ from transformers import (
     BatchFeature,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    SiglipImageProcessor,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
 
 from trl_stare.policies import HFVLMPolicy, TokenPolicy
 from trl_stare.policies.conformance import PolicyConformance
+from trl_stare.policies.tiny.processing import build_tokenizer
 
 QWEN_TEXT = {k: v for k, v in TEXT.items() if k != "head_dim"} | {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -54,8 +57,6 @@ class Processor:
         data = {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}
         if self.kind == "smolvlm":
             data["pixel_values"] = pixels[:, None]
-        if self.kind == "paligemma":
-            data["token_type_ids"] = torch.zeros_like(ids)
         if self.kind == "qwen":
             # [patches, channels * 2 frames * 14 * 14], all images below each other
             patches = pixels.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
@@ -73,10 +74,25 @@ def make_smolvlm():
     return SmolVLMForConditionalGeneration(SmolVLMConfig(image_token_id=IMAGE, pad_token_id=0, **config))
 
 
-def make_paligemma():
-    config = {"text_config": {"model_type": "gemma", **TEXT}, "projection_dim": 48, "image_token_id": IMAGE}
-    vision = {"model_type": "siglip_vision_model", **VISION}
-    return PaliGemmaForConditionalGeneration(PaliGemmaConfig(vision_config=vision, **config))
+def make_paligemma_vla() -> HFVLMPolicy:
+    """With its own processor, which adds labels to what it prepares."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(0, 0)
+    text = {"model_type": "gemma", **TEXT, "vocab_size": len(tokenizer)}
+    config = PaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", **VISION},
+        text_config=text,
+        projection_dim=48,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    images = SiglipImageProcessor(size={"height": 28, "width": 28}, image_seq_length=4)
+    return HFVLMPolicy.create(
+        PaliGemmaForConditionalGeneration(config).eval(),
+        PaliGemmaProcessor(image_processor=images, tokenizer=tokenizer),
+        norm_stats=OPENVLA_STATS,
+        prompt="<image>{instruction}",
+        num_bins=21,
+    )
 
 
 def make_qwen():
@@ -121,10 +137,15 @@ class TestSmolVLM(HFConformance):
         return make_policy(make_smolvlm, "smolvlm", 1)
 
 
-class TestPaliGemma(HFConformance):
+class TestPaliGemmaWithItsOwnProcessor(PolicyConformance):
+    image_size, images_stay_uint8 = 56, False
+
     @pytest.fixture(scope="class")
     def policy(self):
-        return make_policy(make_paligemma, "paligemma", 4)
+        return make_paligemma_vla()
+
+    def load(self, policy, folder):
+        return TokenPolicy.from_pretrained(folder)
 
 
 class TestQwen25VL(HFConformance):

@@ -212,3 +212,20 @@ class PolicyConformance:
         assert inputs.keys() == again.keys() and all(torch.equal(inputs[name], again[name]) for name in inputs)
         torch.testing.assert_close(loaded.score(again, sample.trace), policy.score(inputs, sample.trace))
         torch.testing.assert_close(loaded.decode(sample.trace), sample.actions)
+
+    @torch.no_grad()
+    def test_an_adapter_is_saved_exactly(self, policy: Any, tmp_path: Path) -> None:
+        """A LoRA that has been trained comes back whole, on the base that it names."""
+        base, folder, generator = tmp_path / "base", tmp_path / "adapter", torch.Generator().manual_seed(0)
+        policy.save_pretrained(base)
+        trained = self.load(policy, base)
+        inputs, sample = self.sample(trained, self.make_obs(_LONG, _SHORT))
+        before = trained.score(inputs, sample.trace)
+        trained.model = self.adapt(trained)
+        for parameter in trained.model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        after = trained.score(inputs, sample.trace)
+        trained.save_pretrained(folder)
+        torch.testing.assert_close(self.load(policy, folder).score(inputs, sample.trace), after)
+        assert not torch.allclose(before, after), "the adapter must change the score"

@@ -110,7 +110,8 @@ class HFVLMPolicy(AutoregressivePolicy, model_type="hf_vlm"):
             padding_side="left",
             return_tensors="pt",
         )
-        inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+        # PaliGemma's processor makes labels of the prompt, on which the model would compute a loss of its own
+        inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor) and name != "labels"}
         longest = self.model.config.get_text_config().max_position_embeddings - self.num_tokens
         if inputs["input_ids"].shape[1] > longest:
             raise ValueError(

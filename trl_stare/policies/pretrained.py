@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
@@ -79,9 +80,11 @@ class PretrainedPolicy:
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write model and processor; [`from_pretrained`] reads them back exactly.
 
-        Of a PEFT model only the adapter is written, and with it the model's config: statistics and conventions may not be the base's.
+        Of a PEFT model only the active adapter is written, and with it the model's config: statistics and conventions may not be the base's.
         A `statistics_file` that was there is removed: the config holds the statistics in use, and the file would take their place.
         """
+        if is_peft_model(self.model):  # a trainer may have put its frozen reference beside it
+            kwargs = {"selected_adapters": self.model.active_adapters} | kwargs
         self.model.save_pretrained(folder, **kwargs)
         if hasattr(self.model, "peft_config"):
             self.model.config.to_json_file(Path(folder) / ADAPTER_CONFIG_NAME)

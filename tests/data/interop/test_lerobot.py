@@ -33,7 +33,7 @@ def episodes(episode):
         episode(10 + i, num_steps=steps, chunk_size=1, traced=False, success_at=steps - 1 if i else None)
         for i, steps in enumerate(LENGTHS)
     ]
-    made[2] = replace(made[2], instruction="put red on green", policy="expert")
+    made[2] = replace(made[2], instruction="put red on green", policy="expert", prefix=torch.rand(3, 7) - 0.5)
     return [replace(one, images=smooth(one.num_steps, 40 * i)) for i, one in enumerate(made)]
 
 
@@ -58,6 +58,8 @@ def test_the_round_trip(folder, episodes):
                     else one == other
                 )
                 assert same, field.name
+        assert (before.prefix is None) == (after.prefix is None)
+        assert before.prefix is None or torch.equal(before.prefix, after.prefix), "which the episode begins after"
         assert torch.equal(stage, PLAN.current_stage(before.signals)[:-1])
         assert torch.equal(after.signals["success"][1:], before.signals["success"][1:])
         assert after.images.shape == before.images.shape and after.images.dtype == torch.uint8

@@ -234,7 +234,8 @@ class _Export:
         self.rows.append(row)
         self.stats.append(stats)
         names = ("seed", "policy", "terminated", "truncated")
-        self.ours.append({name: getattr(trajectory, name) for name in names})
+        prefix = None if trajectory.prefix is None else trajectory.prefix.tolist()
+        self.ours.append({name: getattr(trajectory, name) for name in names} | {"prefix": prefix})
 
 
 def import_lerobot(
@@ -333,6 +334,7 @@ def _episode(
         reward=columns["next.reward"] if "next.reward" in columns else success[1:].float(),
         terminated=note.get("terminated", bool(success[-1])),
         truncated=note.get("truncated", not success[-1]),
+        prefix=None if note.get("prefix") is None else torch.tensor(note["prefix"]),
     )
     return LeRobotEpisode(trajectory, columns.get(STAGE))
 

@@ -139,7 +139,8 @@ def replay_maniskill(env: VectorEnv, episode: ManiSkillEpisode, *, name: str = "
         name (`str`): who acted, as stored.
 
     Raises:
-        ValueError: if the control mode is another one, or the recorded actions are over before the episode is.
+        ValueError: if the control mode is another one, the recorded actions are over before the episode is, or a recorded success
+            does not succeed here.
     """
     mode = env.metadata["control_mode"]
     if mode != episode.control_mode:
@@ -158,4 +159,11 @@ def replay_maniskill(env: VectorEnv, episode: ManiSkillEpisode, *, name: str = "
             )
         return Decision(action[None, None], action[None, None])
 
-    return collect(env, act, [episode.seed], name=name)[0]
+    trajectory = collect(env, act, [episode.seed], name=name)[0]
+    if episode.success and not trajectory.success_once:
+        raise ValueError(
+            f"`episode` of seed {episode.seed} must succeed here as it was recorded, got a failure after {trajectory.num_steps} of "
+            f"{len(episode.actions)} steps. If it is longer than the time limit, raise that by "
+            '`make_env(..., env_kwargs={"max_episode_steps": ...})`; or is it another backend or version of the simulator?'
+        )
+    return trajectory

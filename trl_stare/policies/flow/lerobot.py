@@ -51,18 +51,19 @@ def load_lerobot_pi0(
     tokenizer: Any,
     norm_stats: dict[str, Any],
     settings: Mapping[str, Any] | None = None,
+    revision: str | None = None,
     **kwargs: Any,
 ) -> FlowPolicy:
     """What [`~trl_stare.policies.load_lerobot_policy`] does with a pi0.
 
     Args:
         folder (`str`), tokenizer (`PreTrainedTokenizerBase`), norm_stats (`dict`): as there.
-        settings (`Mapping`, *optional*): fields of `PI0Config`. kwargs: for `from_pretrained` of the model, e.g. `dtype`.
+        settings (`Mapping`, *optional*): fields of `PI0Config`. revision (`str`, *optional*): on the Hub. kwargs: for `from_pretrained` of the model, e.g. `dtype`.
 
     Raises:
         ValueError: not a pi0, or tensors that are missing.
     """
-    path = cached_file(folder, "config.json")
+    path = cached_file(folder, "config.json", revision=revision)
     theirs = json.loads(Path(path).read_text())
     if theirs.get("type") != "pi0":
         raise ValueError(
@@ -71,7 +72,7 @@ def load_lerobot_pi0(
     known = {name: theirs[name] for name in _SAME_FIELDS if name in theirs}
     config = PI0Config(**known | dict(settings or {}), norm_stats=norm_stats)
     model, info = PI0ForConditionalGeneration.from_pretrained(
-        folder, config=config, output_loading_info=True, **kwargs
+        folder, config=config, output_loading_info=True, revision=revision, **kwargs
     )
     problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if problems:

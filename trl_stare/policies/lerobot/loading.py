@@ -26,6 +26,7 @@ def load_lerobot_policy(
     tokenizer: Any,
     norm_stats: dict[str, Any],
     settings: Mapping[str, Any] | None = None,
+    revision: str | None = None,
     **kwargs: Any,
 ) -> FlowPolicy:
     """A [`FlowPolicy`] from a checkpoint that LeRobot wrote: pi0, or, where LeRobot is installed, SmolVLA or pi0.5.
@@ -40,17 +41,18 @@ def load_lerobot_policy(
             checkpoint was trained on or that it will be; pi0.5 has `q01` and `q99` in place of `mean` and `std`.
         settings (`Mapping`, *optional*): of pi0, fields of `PI0Config` that are not the checkpoint's or the published architecture's; of the
             others, fields of [`LeRobotFlowConfig`]. E.g. `{"chunk_size": 10, "flow": {"action_convention": "bridge"}}`.
-        kwargs: for `from_pretrained` of pi0, e.g. `dtype`; the others know float32 only.
+        revision (`str`, *optional*): of the checkpoint on the Hub. kwargs: for `from_pretrained` of pi0, e.g. `dtype`; the others know float32 only.
 
     Raises:
         ImportError: LeRobot is needed and not there. ValueError: another model, or tensors that are missing or left over.
 
     Example: `load_lerobot_policy("lerobot/smolvla_base", tokenizer=AutoTokenizer.from_pretrained(...), norm_stats=...)`.
     """
-    theirs = json.loads(Path(cached_file(folder, "config.json")).read_text())
+    theirs = json.loads(Path(cached_file(folder, "config.json", revision=revision)).read_text())
     kind = theirs.get("type")
     if kind == "pi0":
-        return load_lerobot_pi0(folder, tokenizer=tokenizer, norm_stats=norm_stats, settings=settings, **kwargs)
+        of_pi0 = {"settings": settings, "revision": revision, **kwargs}
+        return load_lerobot_pi0(folder, tokenizer=tokenizer, norm_stats=norm_stats, **of_pi0)
     if kind not in NUM_STEPS:
         raise ValueError(
             f"`{folder}` must be a checkpoint that LeRobot wrote, one of {['pi0', *sorted(NUM_STEPS)]}, got type {kind!r} in config.json."
@@ -61,7 +63,7 @@ def load_lerobot_policy(
             f"`{', '.join(kwargs)}` must be left out for {kind!r}, got {kwargs}. Use the trainer's `bf16`."
         )
     model = LeRobotFlowModel(LeRobotFlowConfig(theirs, norm_stats, **dict(settings or {}))).eval()
-    weights = load_file(cached_file(folder, "model.safetensors"))
+    weights = load_file(cached_file(folder, "model.safetensors", revision=revision))
     if kind == "pi05":  # published ones lack the prefix, and have names of older versions
         renamed = model.lerobot_policy._fix_pytorch_state_dict_keys(weights, model.lerobot_policy.config)
         weights = {f"model.{name.removeprefix('model.')}": value for name, value in renamed.items()}
