@@ -144,7 +144,7 @@ def test_killed_in_rollout_update_and_saving_the_smoke_run_ends_the_same(tmp_pat
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert launch(whole, processes).wait(1800) == 0, whole.with_suffix(".log").read_text()[-3000:]
     # within the first rollout; while the second iteration's update runs; as the second checkpoint is begun
-    for path, lines in ((killed / "episodes.jsonl", 3), (killed / "episodes.jsonl", 32), (killed / ".saving", 0)):
+    for path, lines in ((killed / "episodes.jsonl", 3), (killed / "episodes.jsonl", 32), (killed / "_saving", 0)):
         process = launch(killed, processes)
         wait_for(path, process, lines)
         kill(process, processes)

@@ -89,7 +89,7 @@ def test_a_second_run_in_the_folder_is_refused_by_name_and_a_later_one_is_not(tm
     process.kill()
     process.join()
     with sole_run(tmp_path):
-        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+        assert (tmp_path / "_lock").read_text() == str(os.getpid())
 
 
 def test_the_line_of_a_spoiled_episode_counts_the_steps_of_the_policy_only():
@@ -127,7 +127,7 @@ def test_saving_is_put_off_to_the_boundary_limited_and_resumed_past_a_damage(tmp
     trainer = make_run(tmp_path, num_train_epochs=3, save_strategy="steps", save_steps=3, save_total_limit=2)
     trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
-    assert not (tmp_path / ".saving").exists()
+    assert not (tmp_path / "_saving").exists()
     assert checkpoint_problems(tmp_path / "checkpoint-12") == []
     listed = json.loads((tmp_path / "checkpoint-12" / "manifest.json").read_text())["files"]
     for name in ("model.safetensors", "value_head.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
@@ -164,7 +164,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
 
 
 def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tmp_path, caplog):
-    trainer = make_run(tmp_path, num_train_epochs=2, max_skipped_updates=3)
+    trainer = make_run(tmp_path, num_train_epochs=2, max_skipped_updates=3, save_strategy="no")
     original, calls = trainer.compute_loss, []
 
     def poisoned(*args, **kwargs):

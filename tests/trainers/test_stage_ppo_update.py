@@ -63,18 +63,24 @@ def test_the_reference_is_the_policy_before_training_and_holds_it_back(tmp_path)
     assert drift[30.0] < 0.5 * drift[1e-9]
 
 
-def test_with_peft_the_reference_is_the_model_without_its_adapter():
+def test_with_peft_the_reference_is_the_adapter_as_it_was():
+    """Which may have been trained before: not the model without it."""
     policy = make_policy()
     obs = play(ToyEnv(), policy, range(8), temperature=1.0, generator=torch.Generator().manual_seed(0))
     inputs, trace = policy.prepare(observations(obs)), torch.cat([t.trace for t in obs])
     options = {"temperature": 1.0, "batch_size": 5}
-    before = rollout_logps(policy, inputs, trace, **options)
-    torch.testing.assert_close(before, torch.cat([t.logps for t in obs]))
+    without = rollout_logps(policy, inputs, trace, **options)
+    torch.testing.assert_close(without, torch.cat([t.logps for t in obs]))
     policy.model = get_peft_model(policy.model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    before = rollout_logps(policy, inputs, trace, **options)
     reference = PolicyReference(policy)
-    assert not torch.allclose(rollout_logps(policy, inputs, trace, **options), before, atol=1e-4)
     torch.testing.assert_close(reference.logps(inputs, trace, **options), before)
-    assert not torch.allclose(rollout_logps(policy, inputs, trace, **options), before, atol=1e-4)
+    with torch.no_grad():
+        for parameter in (p for p in policy.model.parameters() if p.requires_grad):
+            parameter.mul_(3.0)
+    torch.testing.assert_close(reference.logps(inputs, trace, **options), before)
+    after = rollout_logps(policy, inputs, trace, **options)
+    assert not torch.allclose(after, before, atol=1e-4) and not torch.allclose(before, without, atol=1e-4)
 
 
 def test_the_first_ratio_is_one_in_bfloat16_too(tmp_path):

@@ -158,5 +158,5 @@ def test_an_adapter_that_was_loaded_into_the_model_is_refused(tmp_path):
     policy.model = get_peft_model(policy.model, lora)
     policy.save_pretrained(tmp_path / "adapter")
     for config in (None, lora):
-        with pytest.raises(ValueError, match="must be trainable, got one that an adapter was loaded into"):
+        with pytest.raises(ValueError, match="must be trainable, got one that an adapter was put into"):
             make_trainer(tmp_path, TokenPolicy.from_pretrained(tmp_path / "adapter"), peft_config=config)

@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import ModelConfig, get_peft_config
 
 
@@ -30,11 +31,12 @@ def require_trainable(model: Any, peft_config: PeftConfig | None = None) -> None
         model (`PreTrainedModel` or `PeftModel`): what is to be trained. peft_config ([`~peft.PeftConfig`], *optional*): of a new adapter.
 
     Raises:
-        ValueError: if an adapter was loaded into the model itself, where a new one would take its place, or nothing is trainable.
+        ValueError: if an adapter was put into the model itself, where a new one would take its place and a checkpoint would mix its
+            weights with the model's, or nothing is trainable.
     """
-    loaded = getattr(model, "_hf_peft_config_loaded", False) and not is_peft_model(model)
+    loaded = not is_peft_model(model) and any(isinstance(module, BaseTunerLayer) for module in model.modules())
     if loaded or (peft_config is None and not any(parameter.requires_grad for parameter in model.parameters())):
-        found = "one that an adapter was loaded into" if loaded else "one without a trainable weight"
+        found = "one that an adapter was put into" if loaded else "one without a trainable weight"
         raise ValueError(
             f"`policy.model` must be trainable, got {found}. Load it from `whole_checkpoint(...)`, or put a new adapter on it."
         )

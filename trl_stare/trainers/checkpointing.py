@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from trl_stare.files import file_digest
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
-STAGING_FOLDER = ".saving"
-LOCK_FILE = ".lock"
+# what begins with "_" the Trainer does not upload with the rest of `output_dir`; to read the lock would also let go of it
+STAGING_FOLDER = "_saving"
+LOCK_FILE = "_lock"
 STATE_FILE = "trainer_state.json"
 
 
@@ -119,12 +121,12 @@ class AtomicCheckpoints:
 
     To be put before the trainer among the base classes. `Trainer` itself writes, into a folder beside, which is renamed when all
     processes are done and the manifest is written. `save_total_limit` works as ever, but by step, not by the clock.
-    All processes must see the same `output_dir`.
+    All processes must see the same `output_dir`. With `push_to_hub` a checkpoint is uploaded once it has its place.
     """
 
     _staging: str | None = None
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As [`~transformers.Trainer.train`], except for `resume_from_checkpoint`.
 
         Args:
@@ -133,8 +135,10 @@ class AtomicCheckpoints:
 
         Raises:
             RuntimeError: if another run trains in `output_dir`.
-            ValueError: if a checkpoint is damaged and there is none before it.
+            ValueError: if a checkpoint is damaged and there is none before it, or if a run that is not resumed left checkpoints.
         """
+        if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
+            resume_from_checkpoint = str(resume_from_checkpoint)
         with sole_run(self.args.output_dir) if self.args.should_save else nullcontext():
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
             self._load_run_state(None if checkpoint is None else Path(checkpoint))
@@ -152,6 +156,12 @@ class AtomicCheckpoints:
                 )
             if chosen[0]:
                 self._compare_world_size(chosen[0])
+            elif left := sorted(path.name for path in _checkpoints(Path(self.args.output_dir))):
+                # of the two runs' checkpoints the higher numbers would be kept, and resumed from
+                raise ValueError(
+                    f"`output_dir` must hold no checkpoints where a run begins, got {', '.join(left)} in {self.args.output_dir}. "
+                    "Continue that run by `train(resume_from_checkpoint=True)`, or use another folder."
+                )
         return broadcast_object_list(chosen)[0]
 
     def _compare_world_size(self, checkpoint: str) -> None:
@@ -198,6 +208,17 @@ class AtomicCheckpoints:
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not from the folder beside: the upload goes on in the background, where it would find it renamed. Its failure is logged."""
+        if self._staging is not None:
+            return
+        before = set(self.push_in_progress.jobs) if self.push_in_progress else set()
+        super()._push_from_checkpoint(checkpoint_folder)
+        for job in set(self.push_in_progress.jobs) - before if self.push_in_progress else ():
+            job.add_done_callback(_report_failed_push)
 
     def _save_run_state(self, folder: Path) -> None:
         """What a subclass adds to a checkpoint; called in the main process only."""
@@ -213,6 +234,11 @@ def _publish(staged: Path, final: Path) -> None:
     staged.rename(final)
     _to_disk(final.parent)
     shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def _report_failed_push(job: Future) -> None:
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.warning("a checkpoint was not uploaded to the Hub: %s: %s", type(error).__name__, error)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

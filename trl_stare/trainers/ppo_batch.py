@@ -165,9 +165,16 @@ def critic_features(
     """What the critic reads at every decision `[M, F]` and at every end `[N, F]`: signals or stages and time, or the hidden state."""
     if critic not in SIMULATOR_CRITICS:
         final = policy.prepare(observations(trajectories, final=True))
-        # temperature and generator do not matter: only the hidden state is used
-        ends = policy.act(final, temperature=1.0, generator=torch.Generator().manual_seed(0)).features
-        return torch.cat([trajectory.features for trajectory in trajectories]), ends
+        # as many at once as in the rollout; temperature and generator do not matter: only the hidden state is used
+        ends = [
+            policy.act(
+                {name: value[rows] for name, value in final.items()},
+                temperature=1.0,
+                generator=torch.Generator().manual_seed(0),
+            ).features
+            for rows in torch.arange(len(trajectories)).split(env.num_envs)
+        ]
+        return torch.cat([trajectory.features for trajectory in trajectories]), torch.cat(ends)
 
     def features_at(chosen: list[Tensor]) -> Tensor:
         signals = {

@@ -6,6 +6,7 @@ from copy import copy, deepcopy
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -30,8 +31,11 @@ def rollout_logps(
     return torch.cat(parts).float().cpu()
 
 
+REFERENCE_ADAPTER = "reference"
+
+
 class PolicyReference:
-    """The policy as it was when this was made, to measure how far it has drifted: PEFT's adapter off, else a frozen copy.
+    """The policy as it was when this was made, to measure how far it has drifted: a frozen copy, with PEFT of its adapter alone.
 
     Args:
         policy ([`VLAPolicy`]): the policy that goes on learning.
@@ -45,6 +49,7 @@ class PolicyReference:
     def __init__(self, policy: VLAPolicy):
         self._policy = policy
         if is_peft_model(policy.model):
+            _copy_adapter(policy.model, REFERENCE_ADAPTER)
             return
         if is_deepspeed_zero3_enabled():
             raise ValueError("`kl_coef` must be 0 under ZeRO-3 without PEFT, which cannot copy the policy. Use LoRA.")
@@ -54,7 +59,7 @@ class PolicyReference:
     def logps(self, inputs: dict[str, Tensor], trace: Tensor, *, temperature: float, batch_size: int) -> Tensor:
         """As [`rollout_logps`]."""
         if is_peft_model(self._policy.model):
-            with use_adapter(self._policy.model, None):
+            with use_adapter(self._policy.model, REFERENCE_ADAPTER):
                 return rollout_logps(self._policy, inputs, trace, temperature=temperature, batch_size=batch_size)
         return rollout_logps(self._policy, inputs, trace, temperature=temperature, batch_size=batch_size)
 
@@ -62,3 +67,14 @@ class PolicyReference:
         """Move the copy, if there is one, to the device of the policy."""
         self._policy.model.to(device)
         return self
+
+
+def _copy_adapter(model: PeftModel, name: str) -> None:
+    """Give `model` a frozen second adapter `name` with the weights of its active one, which may have been trained before."""
+    active = model.active_adapter
+    model.add_adapter(name, model.peft_config[active])
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if f".{active}." in key:
+                model.get_parameter(key.replace(f".{active}.", f".{name}.")).copy_(value)
+    model.set_adapter(active)

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from torch import nn
+from transformers import TrainingArguments
 from trl.models.utils import add_hooks, remove_hooks
 
 
@@ -22,6 +23,19 @@ def refuse_fsdp() -> None:
         raise ValueError(
             "PPO must run with DDP or DeepSpeed, got FSDP, of which each process holds a part of the weights that a rollout needs. "
             "Take recipes/accelerate/zero3.yaml, which divides them too."
+        )
+
+
+def refuse_data_parallel(args: TrainingArguments) -> None:
+    """Say so where the Trainer would copy the model to several GPUs of one process, as TRL's trainers do.
+
+    Raises:
+        ValueError: if one process sees several GPUs.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"a process must see one GPU, got {args.n_gpu}: `nn.DataParallel` would copy the model, and not the policy around it. "
+            "Start with `accelerate launch`, or set `CUDA_VISIBLE_DEVICES` to one."
         )
 
 

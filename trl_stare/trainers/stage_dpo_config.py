@@ -25,6 +25,7 @@ _UNUSED = {
     "use_weighting": False,
     "sync_ref_model": False,
     "padding_free": False,
+    "torch_compile": False,
     "precompute_ref_log_probs": True,
 }
 

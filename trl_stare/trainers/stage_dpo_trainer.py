@@ -62,8 +62,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
             [`pairs_dataset`].
         ref_policy ([`VLAPolicy`], *optional*): another reference. To resume, make the trainer with the same reference
             as at first, i.e. with the checkpoint that training began from.
-        callbacks, optimizers, peft_config (*optional*): as in [`~trl.DPOTrainer`]. With `peft_config` save by
-            `trainer.save_model()`, not by the policy.
+        callbacks, optimizers, peft_config (*optional*): as in [`~trl.DPOTrainer`].
 
     Logged: TRL's `rewards/chosen|rejected|margins|accuracies` (`beta` times the gain over the reference, without
     costs) and `logps/chosen|rejected` (the scores), and each stage's own `stage/{name}/...`, see [`pair_metrics`].
@@ -126,6 +125,7 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
+        policy.model = self.model  # with the adapter of `peft_config` around it
         if self._precompute_engine is not None:
             # its hooks would stay on the modules and lose count of the training engine's forwards (ZeRO-3)
             self._precompute_engine.destroy()
@@ -317,9 +317,8 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        with (
-            self.accelerator.autocast()
-        ):  # an adapter's own `forward` is not called, which accelerate would have wrapped
+        # an adapter's own `forward` is not called, which accelerate would have wrapped
+        with self.accelerator.autocast():
             chosen, rejected = self._score_pairs(model, self.policy, inputs, self.args.centered)
         weights = (
             None if self.args.stage_weights is None else chosen.new_tensor(self.args.stage_weights)[inputs["stages"]]
@@ -352,9 +351,10 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         if self._records[mode]:
-            prefix = "eval_" if mode == "eval" else ""
             metrics = pair_metrics(torch.cat(self._records[mode]), self.stage_names)
-            logs.update({prefix + name: value for name, value in metrics.items()})
+            # of several evaluation sets each has a prefix of its own
+            loss = next((name for name in logs if name.endswith("_loss")), "eval_loss") if mode == "eval" else "loss"
+            logs.update({loss.removesuffix("loss") + name: value for name, value in metrics.items()})
             self._records[mode].clear()
         super().log(logs, start_time)
 

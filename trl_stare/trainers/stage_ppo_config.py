@@ -50,8 +50,11 @@ _UNUSED = {
     "per_device_train_batch_size": 8,
     "dataloader_drop_last": False,
     "dataloader_num_workers": 0,
+    "auto_find_batch_size": False,
     "label_smoothing_factor": 0.0,
 }
+_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+"""Schedulers that read the learning rate back, which is 0 where the policy is held."""
 _CHOICES = {
     "ratio_level": RATIO_LEVELS,
     "critic": CRITICS,
@@ -87,7 +90,7 @@ class StagePPOConfig(_BaseConfig):
         policy_coef, value_coef, entropy_coef (`float`, default to `1.0`, `0.5`, `0.0`):
             Weights of the three losses.
         kl_coef (`float`, defaults to `0.0`):
-            Weight of the KL to the reference, the policy as it is when the trainer is made (PEFT: the adapter off). 0 keeps none.
+            Weight of the KL to the reference, the policy as it is when the trainer is made (with PEFT a copy of its adapter). 0 keeps none.
         advantage_norm (`str`, defaults to `"rollout"`):
             Over what advantages are brought to mean 0 and standard deviation 1: the `"rollout"`, or each `"stage"` of it alone,
             so that a stage in which little is at stake learns as much as the others. Where success was rare, `"stage"` added seven
@@ -221,6 +224,11 @@ class StagePPOConfig(_BaseConfig):
                 "`bootstrap_on_truncation=False` needs a critic that knows the time, got "
                 f"critic={self.critic!r}. Use one of {SIMULATOR_CRITICS}, or bootstrap."
             )
+        self._require(
+            ("lr_scheduler_type",),
+            lambda value: value not in _BY_EVALUATION,
+            f"another than {_BY_EVALUATION}, whose rate would stay 0",
+        )
         # accelerate would take several processes of a machine without GPUs for several GPUs
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         end_with_launcher()

@@ -34,7 +34,7 @@ from trl_stare.trainers.reference import PolicyReference
 from trl_stare.trainers.rewards import check_reward
 from trl_stare.trainers.rollout_batch import make_batch
 from trl_stare.trainers.rollout_stream import RolloutStream
-from trl_stare.trainers.sharding import refuse_fsdp, whole_weights
+from trl_stare.trainers.sharding import refuse_data_parallel, refuse_fsdp, whole_weights
 from trl_stare.trainers.stage_ppo_config import StagePPOConfig
 from trl_stare.trainers.stage_ppo_metrics import IterationClock, evaluation_counts
 from trl_stare.trainers.starts import check_starts
@@ -94,6 +94,7 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         check_reward(args.reward, env.signal_names, env.task)
         require_trainable(policy.model)
         refuse_fsdp()
+        refuse_data_parallel(args)
         self.policy, self.env, self.plan = policy, env, plan
         self.shaping_plan = plan.rescaled(args.potential_scale)
         self.env_steps = 0
@@ -289,6 +290,8 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         """Play the held-out starts, from the beginning to the time limit; logs `{prefix}_success_once` and so on, see [`evaluation_counts`]."""
         args, was_training = self.args, self.model.training
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("`eval_dataset` must hold starts to evaluate, got None. Give it here or to the trainer.")
         self.model.eval()
         with self.accelerator.autocast(), whole_weights(self.model_wrapped, self.accelerator):
             act = policy_actor(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from trl import SFTConfig
 
+from trl_stare.trainers._compat import start_deepspeed_on_cpu
 from trl_stare.trainers.processes import end_with_launcher
 from trl_stare.trainers.unused import refuse_unused
 
@@ -17,6 +19,7 @@ _UNUSED = {
     "packing": False,
     "eval_packing": None,
     "padding_free": False,
+    "torch_compile": False,
 }
 
 
@@ -50,6 +53,9 @@ class StageSFTConfig(SFTConfig):
             )
         # the rows are decisions that a collator turns into tensors: there is no text to tokenise
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        # accelerate would take several processes of a machine without GPUs for several GPUs
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         end_with_launcher()
         super().__post_init__()
+        start_deepspeed_on_cpu(self)
         refuse_unused(self, _UNUSED, "A decision is trained by its policy's own loss, alone in its row.")

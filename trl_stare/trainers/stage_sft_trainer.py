@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, set_seed
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTTrainer
@@ -76,6 +76,12 @@ class StageSFTTrainer(SavesAdapterConfig, SFTTrainer):
                 peft_config=peft_config,
             )
         policy.model = self.model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`~transformers.Trainer.train`]; each process draws its own dropout and, of a flow policy, times and noises."""
+        if self.args.world_size > 1:
+            set_seed(self.args.seed, device_specific=True)
+        return super().train(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["trajectory", "decision", "stage", "weight"]
