@@ -1,8 +1,11 @@
 """StageSFTTrainer: rows, chunks and masks by hand, exact resume, and that it learns."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_stage_ppo_processes import in_two_processes
 
 from trl_stare.data import DemonstrationCollator, Trajectory, demonstration_dataset
 from trl_stare.policies import TokenPolicy
@@ -160,3 +163,29 @@ def test_an_adapter_that_was_loaded_into_the_model_is_refused(tmp_path):
     for config in (None, lora):
         with pytest.raises(ValueError, match="must be trainable, got one that an adapter was put into"):
             make_trainer(tmp_path, TokenPolicy.from_pretrained(tmp_path / "adapter"), peft_config=config)
+
+
+def two_epochs(rank, folder):
+    """Writes the rows that this process saw, and what it would have drawn as noise."""
+    trainer = make_trainer(folder, make_policy(), max_steps=-1, num_train_epochs=2, per_device_train_batch_size=3)
+    collate, seen = trainer.data_collator, []
+    trainer.data_collator = lambda rows: (
+        seen.append([(r["trajectory"], r["decision"]) for r in rows]),
+        collate(rows),
+    )[1]
+    compute_loss, drawn = trainer.compute_loss, []
+    trainer.compute_loss = lambda *args, **kwargs: (drawn.append(torch.rand(1).item()), compute_loss(*args, **kwargs))[
+        1
+    ]
+    trainer.train()
+    (folder / f"{rank}.json").write_text(json.dumps([seen, drawn]))
+
+
+def test_two_processes_share_the_rows_and_draw_their_own_noise(tmp_path):
+    assert in_two_processes(two_epochs, tmp_path) == [0, 0], [p.read_text() for p in tmp_path.glob("error-*")]
+    (seen, drawn), (others, other_draws) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert len(seen) == len(others) == 8
+    for epoch in (slice(0, 4), slice(4, 8)):
+        rows = [tuple(row) for batch in seen[epoch] + others[epoch] for row in batch]
+        assert len(rows) == len(set(rows)) == 24, "four demonstrations of six steps, each once"
+    assert not set(drawn) & set(other_draws)

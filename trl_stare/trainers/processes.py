@@ -1,4 +1,4 @@
-"""What the processes of a PPO run must agree on, though each plays episodes of its own."""
+"""What the processes of a run must agree on, though each plays episodes and draws noise of its own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.elastic.utils.distributed import get_free_port
+from transformers import TrainerCallback
 
 PR_SET_PDEATHSIG = 1
 """`prctl(2)`: the signal that a process gets when its parent ends."""
@@ -45,6 +47,19 @@ def meet_anew_after_restart() -> None:
     if environ["RANK"] == "0":
         launcher.set(key, str(get_free_port()))
     environ |= {"MASTER_PORT": launcher.get(key).decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+
+class OwnRandomness(TrainerCallback):
+    """Lets each process draw its own dropout and, for a flow policy, its own times and noises: the Trainer seeds all alike.
+
+    As training begins, not before: the first weights of an adapter and the order of the rows, which accelerate takes from the
+    global seed, must be the same everywhere.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seed torch by the process."""
+        if args.world_size > 1:
+            torch.manual_seed(args.seed + args.process_index)
 
 
 def total(accelerator: Accelerator, values: Tensor) -> Tensor:

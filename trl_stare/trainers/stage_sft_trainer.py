@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model, set_seed
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTTrainer
@@ -17,6 +17,7 @@ from trl_stare.interfaces import VLAPolicy
 from trl_stare.stages import StagePlan
 from trl_stare.trainers._compat import SavesAdapterConfig, forward_once, keep_forward, restore_weights
 from trl_stare.trainers.adapters import require_trainable
+from trl_stare.trainers.processes import OwnRandomness
 from trl_stare.trainers.stage_sft_config import StageSFTConfig
 
 
@@ -76,12 +77,7 @@ class StageSFTTrainer(SavesAdapterConfig, SFTTrainer):
                 peft_config=peft_config,
             )
         policy.model = self.model
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As [`~transformers.Trainer.train`]; each process draws its own dropout and, of a flow policy, times and noises."""
-        if self.args.world_size > 1:
-            set_seed(self.args.seed, device_specific=True)
-        return super().train(*args, **kwargs)
+        self.add_callback(OwnRandomness())
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["trajectory", "decision", "stage", "weight"]
