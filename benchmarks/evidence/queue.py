@@ -69,7 +69,7 @@ class Queue:
     Args:
         task (`str`): registered task name.
         arms (`tuple[Arm, ...]`): what is run.
-        compare (`tuple[tuple[str, str], ...]`): arms to test against each other, the baseline first.
+        compare (`tuple[tuple[str, str], ...]`): arms to test against each other, the baseline first, on the training seeds both have.
         eval_episodes (`int`): held-out seeds 0, 1, ... on which every checkpoint is evaluated.
         temperature (`float`): sampling temperature of rollouts and evaluation.
         num_envs (`int`): environments, over all worker processes.
@@ -77,7 +77,7 @@ class Queue:
         levels (`tuple[float, ...]`): success in rollouts, in (0, 1], whose cost in environment steps is told.
 
     Raises:
-        ValueError: if arms share a name, a comparison names none or has other training seeds on its two sides, or a level is no rate.
+        ValueError: if arms share a name, a comparison names none or two without a training seed in common, or a level is no rate.
     """
 
     task: str
@@ -94,8 +94,8 @@ class Queue:
         for pair in self.compare:
             if len(pair) != 2 or not arms.keys() >= set(pair):
                 raise ValueError(f"`compare` must hold pairs of {', '.join(arms)}, got {[*pair]}.")
-            if arms[pair[0]].seeds != arms[pair[1]].seeds:
-                raise ValueError(f"`compare` must hold arms with equal `seeds`, got {[*pair]}. Give both the same.")
+            if not set(arms[pair[0]].seeds) & set(arms[pair[1]].seeds):
+                raise ValueError(f"`compare` must hold arms with `seeds` in common, got {[*pair]}. Give both the same.")
         for name in ("eval_episodes", "num_envs", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

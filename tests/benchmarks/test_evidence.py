@@ -366,6 +366,6 @@ def test_the_smoke_queue_from_beginning_to_end(tmp_path):
 
 
 def test_the_queue_is_a_value():
-    with pytest.raises(ValueError, match="equal `seeds`"):
+    with pytest.raises(ValueError, match="`seeds` in common"):
         arms = read_queue(SMOKE).arms
         Queue("T", (arms[0], type(arms[0])(**vars(arms[1]) | {"seeds": (3,)})), compare=(("sft", "tpo"),))
