@@ -34,7 +34,7 @@ from trl_stare.data import (
 )
 from trl_stare.data.hub import find_dataset
 from trl_stare.policies.adapters import whole_checkpoint
-from trl_stare.runs import claim_checkpoint
+from trl_stare.runs import claim_checkpoint, training_settings
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config
 
@@ -72,6 +72,8 @@ def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) ->
         if first:
             validate_dataset(trajectories, preferences)
             warn_of_other_temperatures(trajectories, config.temperature)
+    settings = training_settings(config) | asdict(args) | {"model_revision": model_args.model_revision}
+    begun = claim_checkpoint(config.output_dir, settings, free=("task_module",))
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     checkpoint = whole_checkpoint(
         args.model, Path(config.output_dir) / "base", args.unnorm_key, revision=model_args.model_revision, **options
@@ -85,9 +87,7 @@ def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) ->
             check_traces(episodes, policy)
             pairs_dataset(episodes, load_pairs(preferences), file=rows)
     trainer = StageDPOTrainer(policy, config, Dataset.from_file(str(rows)), peft_config=peft_config)
-    settings = asdict(args) | {"model_revision": model_args.model_revision}
-    checkpoint = claim_checkpoint(config.output_dir, settings, free=("task_module",))
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or checkpoint)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or begun)
     trainer.save_model(config.output_dir)
     trainer.end()
 

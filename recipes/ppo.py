@@ -39,7 +39,7 @@ from trl_stare.data import TrajectoryFolder, collect_dataset
 from trl_stare.evaluation import PLAIN_METHODS, write_episodes, write_model_card
 from trl_stare.policies import norm_stats
 from trl_stare.policies.adapters import whole_checkpoint
-from trl_stare.runs import claim_checkpoint, set_entries
+from trl_stare.runs import claim_checkpoint, set_entries, training_settings
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config, preset_fields
 
@@ -115,7 +115,8 @@ def main(args: PPOArguments, config: StagePPOConfig, model_args: ModelConfig) ->
     held_out = Dataset.from_dict({"seed": range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes)})
     with closing(make(args, policy.chunk_size, args.image_size or policy.image_size)) as env:
         trainer = StagePPOTrainer(policy, config, env, plan, starts, held_out)
-        claim_checkpoint(out, asdict(args) | {"model_revision": model_args.model_revision}, free=FREE)
+        settings = training_settings(config) | asdict(args) | {"model_revision": model_args.model_revision}
+        claim_checkpoint(out, settings, free=FREE)
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or True)
         if trainer.is_finished:
             trainer.save_model(str(out / "policy"))

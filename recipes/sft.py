@@ -27,7 +27,7 @@ from trl_stare.policies import load_lerobot_policy, quantile_statistics
 from trl_stare.policies.adapters import merge_adapter, whole_checkpoint
 from trl_stare.policies.conventions import get_convention
 from trl_stare.policies.pretrained import vla_settings
-from trl_stare.runs import claim_checkpoint, set_entries
+from trl_stare.runs import claim_checkpoint, set_entries, training_settings
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config
 
@@ -71,7 +71,7 @@ def main(args: SFTArguments, config: StageSFTConfig, model_args: ModelConfig) ->
     policy = load(args, model_args, Path(config.output_dir))
     peft_config = get_policy_peft_config(model_args)
     trainer = StageSFTTrainer(policy, config, shown, get_plan(shown[0].task), peft_config=peft_config)
-    settings = asdict(args) | {"model_revision": model_args.model_revision}
+    settings = training_settings(config) | asdict(args) | {"model_revision": model_args.model_revision}
     checkpoint = claim_checkpoint(config.output_dir, settings, free=("task_module",))
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or checkpoint)
     if peft_config is None:

@@ -17,6 +17,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 LAYERS = (
+    "checkpoints",
     "files",
     "names",
     "interfaces",
@@ -30,6 +31,7 @@ LAYERS = (
     "serving",
 )
 FORBIDDEN = {
+    "checkpoints": {*LAYERS} - {"checkpoints"},
     "files": {*LAYERS} - {"files"},
     "names": {*LAYERS} - {"names"},
     "interfaces": {"losses", "stages", "envs", "policies", "data", "trainers", "evaluation"},

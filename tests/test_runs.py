@@ -18,7 +18,9 @@ from trl_stare.runs import (
     last_checkpoint,
     make_config,
     set_entries,
+    training_settings,
 )
+from trl_stare.trainers import StageDPOConfig, StagePPOConfig, StageSFTConfig
 
 
 @dataclass
@@ -143,6 +145,27 @@ def test_a_wrong_name_of_a_setting_is_told_with_its_section():
     assert make_config(Settings, "run", task="other") == Settings("other")
     with pytest.raises(ValueError, match="`run` must hold fields of Settings, got 'tasks'. Did you mean 'task'?"):
         make_config(Settings, "run", tasks="other")
+
+
+def test_what_of_a_trainers_configuration_decides_about_its_weights(tmp_path):
+    """Rewards once changed under way, and the card told the new ones; a run may be prolonged, and go on with other GPUs."""
+    given = {"shaping_weight": 0.5, "learning_rate": 1e-4}
+    before = training_settings(StagePPOConfig(str(tmp_path), **given))
+    free = {
+        "num_train_epochs": 9,
+        "logging_steps": 7,
+        "save_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "eval_temperature": 0.5,
+    }
+    assert training_settings(StagePPOConfig(str(tmp_path / "b"), **given, **free)) == before
+    claim_folder(tmp_path, before)
+    for changed in ({"shaping_weight": 0.0}, {"learning_rate": 1e-3}, {"seed": 3}, {"advantage_norm": "stage"}):
+        after = training_settings(StagePPOConfig(str(tmp_path), **given | changed))
+        with pytest.raises(ValueError, match=f"has other \\['{next(iter(changed))}'\\]"):
+            claim_folder(tmp_path, after)
+    assert training_settings(StageDPOConfig(str(tmp_path)))["beta"] == 1.0
+    assert training_settings(StageSFTConfig(str(tmp_path)))["stage_balanced"] is False
 
 
 def test_a_checkpoint_is_continued_by_its_own_settings_only(tmp_path):

@@ -87,6 +87,7 @@ SOURCES = [
     (DPOTrainer._save_checkpoint, "create_model_card", "checkpoints would have no card"),
     (Trainer._save_checkpoint, "self._get_output_dir(", "checkpoints would be written in place, file by file"),
     (Trainer._save_checkpoint, "self.state.save_to_json(", "checkpoints would lack the trainer's state"),
+    (Trainer._inner_training_loop, "self._run_epoch(", "a finished run, given again, would go one step further"),
     (Trainer._run_epoch, "on_pre_optimizer_step", "updates that are not finite would not be skipped"),
     (Trainer._run_epoch, "if step < 0:", "a run stopped within a rollout would go on"),
     (PreTrainedModel.from_pretrained, "output_loading_info", "`restore_weights` could not see missing keys"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from trl_stare.files import write_atomically
@@ -20,6 +21,14 @@ from trl_stare.names import nearest_hint
 logger = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings")
+
+OPTIMISER = (
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+)  # fmt: skip
+"""Of the Trainer's own fields, what decides about the weights wherever and however long a run goes on."""
+INCIDENTAL = ("step_micro_batch_size", "ref_cache_dir", "dataset_num_proc", "eval_temperature", "max_skipped_updates")
+"""Of the others, what does not."""
 
 
 def claim_folder(folder: str | Path, settings: Mapping[str, Any], *, free: Collection[str] = ()) -> Path:
@@ -64,6 +73,19 @@ def _read_settings(file: Path) -> dict[str, Any]:
             "Use another `output_dir`; if you know that the run there has these settings, delete the file and continue."
         )
     return settings
+
+
+def training_settings(config: TrainingArguments) -> dict[str, Any]:
+    """What of a trainer's configuration a run that is continued must have in common with its beginning: the optimizer's settings and
+    all that the trainer itself brings.
+
+    Not so its length, and what a machine with more or fewer GPUs needs otherwise: batches, accumulation, precision.
+
+    Example: of a [`StagePPOConfig`] `learning_rate` and `shaping_weight` are among them, `num_train_epochs` and `logging_steps` not.
+    """
+    own = {field.name for field in fields(config)} - {field.name for field in fields(TrainingArguments)}
+    values = config.to_dict()
+    return {name: values[name] for name in sorted({*own, *OPTIMISER} - {*INCIDENTAL}) if name in values}
 
 
 class Stopwatch:

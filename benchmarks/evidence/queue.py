@@ -95,7 +95,9 @@ class Queue:
             if len(pair) != 2 or not arms.keys() >= set(pair):
                 raise ValueError(f"`compare` must hold pairs of {', '.join(arms)}, got {[*pair]}.")
             if not set(arms[pair[0]].seeds) & set(arms[pair[1]].seeds):
-                raise ValueError(f"`compare` must hold arms with `seeds` in common, got {[*pair]}. Give both the same.")
+                raise ValueError(
+                    f"`compare` must hold arms with `seeds` in common, got {[*pair]}. Give both the same."
+                )
         for name in ("eval_episodes", "num_envs", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

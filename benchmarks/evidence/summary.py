@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.evidence.curves import COLORS
 from trl_stare.evaluation import Difference, mean_difference
+from trl_stare.evaluation.provenance import OTHER
 from trl_stare.evaluation.report import markdown_table
 
 logger = logging.getLogger("summary")
@@ -33,8 +34,6 @@ START = "start"
 """The method of a checkpoint that others are compared with: none."""
 FEW = 3
 """From so many training seeds, or starts, on an interval is given: that of two is nearly always wider than the figure."""
-OTHER = ("training_args.bin",)
-"""Files of a checkpoint that look like weights and are none."""
 RARE = 0.05
 """Success of a start below which it is called rare, in [0, 1]."""
 

@@ -22,3 +22,5 @@ def test_an_adapter_is_another_policy_on_another_base(tmp_path):
     TokenPolicy.create_tiny(STATS, image_size=16, chunk_size=1).save_pretrained(base)
     again = resolve_policy(str(adapter)).files
     assert {name for name in files if files[name] != again[name]} == {"base/model.safetensors"}
+    (base / "training_args.bin").write_bytes(b"where the run was")
+    assert resolve_policy(str(adapter)).files == again, "no weights: two runs to one end are one policy"

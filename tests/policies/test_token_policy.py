@@ -80,6 +80,13 @@ def test_statistics_of_dimensions_that_never_move():
     assert stats["state"]["std"] == [1.0] * 8
 
 
+def test_a_state_of_another_robot_is_refused():
+    with pytest.raises(
+        ValueError, match="must hold the 8 values of 'StackCube-v1'.*got 11. Is the checkpoint of another task"
+    ):
+        make_policy().prepare(make_obs(2)._replace(state=torch.zeros(2, 11)))
+
+
 def test_unknown_statistics_list_the_known_ones():
     policy = make_policy()
     with pytest.raises(ValueError, match=r"\['StackCube-v1'\], got 'bridge'"):

@@ -165,6 +165,21 @@ def test_an_adapter_that_was_loaded_into_the_model_is_refused(tmp_path):
             make_trainer(tmp_path, TokenPolicy.from_pretrained(tmp_path / "adapter"), peft_config=config)
 
 
+def test_a_finished_run_that_is_given_again_goes_no_further(tmp_path):
+    """Its second epoch has batches left; the Trainer itself would take one more of them each time."""
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    trainer = make_trainer(tmp_path, make_policy(), **options)
+    trainer.train()
+    again = make_trainer(tmp_path, make_policy(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert again.state.global_step == 8 and not (tmp_path / "checkpoint-9").exists()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    longer = make_trainer(tmp_path, make_policy(), **options | {"max_steps": 10})
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert longer.state.global_step == 10
+
+
 def two_epochs(rank, folder):
     """Writes the rows that this process saw, and what it would have drawn as noise."""
     trainer = make_trainer(folder, make_policy(), max_steps=-1, num_train_epochs=2, per_device_train_batch_size=3)

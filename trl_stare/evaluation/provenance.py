@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-
+from trl_stare.checkpoints import checkpoint_folder
 from trl_stare.data.actors import SCRIPTED
 from trl_stare.files import file_digest
 
 SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py")
 """What a policy is made of. Cards, logs and training states do not decide how it acts."""
+OTHER = ("training_args.bin",)
+"""The Trainer's arguments, beside the weights: other in every run, be the weights the same."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,8 @@ def resolve_policy(model: str, revision: str | None = None, loading: Mapping[str
         if revision is not None:
             raise ValueError(f"`revision` must be of a model on the Hub, got {revision!r} for {model!r}.")
         return PolicySource(model, model, files={} if model in SCRIPTED else _policy_digests(model))
-    try:
-        folder = snapshot_download(model, revision=revision)
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"`model` must be a folder, a Hub id, 'expert' or 'random', got {model!r}: there is no such folder."
-        ) from error
-    return PolicySource(model, folder, revision=Path(folder).name, files=_policy_digests(folder))
+    folder = checkpoint_folder(model, revision)
+    return PolicySource(model, str(folder), revision=folder.name, files=_policy_digests(folder))
 
 
 def _policy_digests(folder: str | Path) -> dict[str, str]:
@@ -81,6 +76,6 @@ def file_digests(folder: str | Path) -> dict[str, str]:
     """File name -> SHA-256 (hexadecimal) of the files at the top of a checkpoint that decide how it acts."""
     digests = {}
     for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and path.suffix in SUFFIXES:
+        if path.is_file() and path.suffix in SUFFIXES and path.name not in OTHER:
             digests[path.name] = file_digest(path)
     return digests

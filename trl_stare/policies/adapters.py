@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from huggingface_hub import snapshot_download
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
 
+from trl_stare.checkpoints import checkpoint_folder
 from trl_stare.files import file_digest
 from trl_stare.interfaces import ADAPTER_CONFIG_NAME
 from trl_stare.policies.pretrained import WHERE, PretrainedPolicy
@@ -122,7 +122,7 @@ def whole_checkpoint(
         return Path(checkpoint)  # without waiting: one process may ask alone
     with PartialState().local_main_process_first():
         if not Path(checkpoint).is_dir():
-            checkpoint = snapshot_download(str(checkpoint), revision=revision)
+            checkpoint = checkpoint_folder(checkpoint, revision)
         if find_adapter_config_file(checkpoint) is None:
             return Path(checkpoint)
         if is_deepspeed_zero3_enabled():

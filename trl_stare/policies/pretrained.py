@@ -11,6 +11,7 @@ from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
+from trl_stare.checkpoints import require_checkpoint
 from trl_stare.interfaces import ADAPTER_CONFIG_NAME
 from trl_stare.policies.normalization import select_statistics
 
@@ -58,6 +59,7 @@ class PretrainedPolicy:
                 known ones).
         """
         if Path(folder).is_dir():
+            require_checkpoint(Path(folder))
             folder = Path(folder).resolve()  # an adapter notes where its base is, and may be loaded from elsewhere
         try:
             model = load_model(folder, **kwargs)

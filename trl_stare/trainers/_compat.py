@@ -28,6 +28,7 @@ from trl_stare.interfaces import ADAPTER_CONFIG_NAME
 __all__ = [
     "_BaseConfig",
     "_BaseTrainer",
+    "EndsAtMaxSteps",
     "SavesAdapterConfig",
     "forward_once",
     "give_generation_config",
@@ -110,6 +111,18 @@ class SavesAdapterConfig:
         model = self.accelerator.unwrap_model(self.model)
         if is_peft_model(model):
             model.config.to_json_file(Path(output_dir or self.args.output_dir) / ADAPTER_CONFIG_NAME)
+
+
+class EndsAtMaxSteps:
+    """A trainer that trains no more where it resumes from its last step.
+
+    `Trainer` of transformers 5.23 looks at `max_steps` only behind an update: a finished run whose last epoch has batches left, given
+    again, would go one step further each time. To be put before the trainer among the base classes.
+    """
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
 
 def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:

@@ -25,6 +25,7 @@ from trl_stare.data.pairs import WHOLE_OBJECTIVES, WHOLE_TRAJECTORY
 from trl_stare.interfaces import VLAPolicy
 from trl_stare.losses import centered_scores, stage_preference_loss
 from trl_stare.trainers._compat import (
+    EndsAtMaxSteps,
     SavesAdapterConfig,
     forward_once,
     give_generation_config,
@@ -46,7 +47,7 @@ from trl_stare.trainers.stage_dpo_reference import (
 )
 
 
-class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
+class StageDPOTrainer(EndsAtMaxSteps, SavesAdapterConfig, DPOTrainer):
     """
     Trainer for StA-TPO (STARE-VLA, arXiv 2512.05107): DPO on one stage of two trajectories at a time.
 
@@ -133,8 +134,6 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
         if args.centered:
             self._keep_reference()
 
-    # ---- data: seams of DPOTrainer
-
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: StageDPOConfig, dataset_name: str
     ) -> Dataset:
@@ -160,8 +159,6 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = [*PAIR_FEATURES, *REFERENCE_COLUMNS]
-
-    # ---- scores
 
     def _score_steps(
         self, policy: VLAPolicy, inputs: dict[str, Tensor], trace: Tensor, mask: Tensor, centered: bool = False
@@ -312,8 +309,6 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
         columns = zip(REFERENCE_COLUMNS, zip(*scores, strict=True), strict=True)
         return {column: torch.cat(parts).float().cpu() for column, parts in columns}
 
-    # ---- loss
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -357,8 +352,6 @@ class StageDPOTrainer(SavesAdapterConfig, DPOTrainer):
             logs.update({loss.removesuffix("loss") + name: value for name, value in metrics.items()})
             self._records[mode].clear()
         super().log(logs, start_time)
-
-    # ---- cards and checkpoints
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

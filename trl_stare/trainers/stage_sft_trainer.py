@@ -15,13 +15,13 @@ from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_d
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import VLAPolicy
 from trl_stare.stages import StagePlan
-from trl_stare.trainers._compat import SavesAdapterConfig, forward_once, keep_forward, restore_weights
+from trl_stare.trainers._compat import EndsAtMaxSteps, SavesAdapterConfig, forward_once, keep_forward, restore_weights
 from trl_stare.trainers.adapters import require_trainable
 from trl_stare.trainers.processes import OwnRandomness
 from trl_stare.trainers.stage_sft_config import StageSFTConfig
 
 
-class StageSFTTrainer(SavesAdapterConfig, SFTTrainer):
+class StageSFTTrainer(EndsAtMaxSteps, SavesAdapterConfig, SFTTrainer):
     """
     Trainer for the imitation stage.
 

@@ -98,6 +98,11 @@ class StareVLAPolicy(TokenPolicy, model_type="stare_vla"):
         ids, mask = self._tokenize(tuple(obs.instructions))
         if obs.state is None:
             raise ValueError("`obs.state` must be `[N, P]`, got None. This policy needs proprioception.")
+        if obs.state.shape[1] != len(self.state_mean):
+            raise ValueError(
+                f"`obs.state` must hold the {len(self.state_mean)} values of {self.unnorm_key!r}'s statistics, got {obs.state.shape[1]}. "
+                "Is the checkpoint of another task?"
+            )
         state = (obs.state - self.state_mean) / self.state_std
         return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "state": state}
 
