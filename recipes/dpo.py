@@ -72,19 +72,21 @@ def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) ->
         if first:
             validate_dataset(trajectories, preferences)
             warn_of_other_temperatures(trajectories, config.temperature)
-    settings = training_settings(config) | asdict(args) | {"model_revision": model_args.model_revision}
-    begun = claim_checkpoint(config.output_dir, settings, free=("task_module",))
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     checkpoint = whole_checkpoint(
         args.model, Path(config.output_dir) / "base", args.unnorm_key, revision=model_args.model_revision, **options
     )
     # by all processes at once: ZeRO-3 divides the weights among them
     policy = TokenPolicy.from_pretrained(checkpoint, args.unnorm_key, **options)
+    settings = training_settings(config) | asdict(args) | {"model_revision": model_args.model_revision}
     rows = Path(config.output_dir) / "_pairs" / "pairs.arrow"
     with PartialState().local_main_process_first():
         if first:
             episodes = TrajectoryFolder(trajectories)
             check_traces(episodes, policy)
+        # before another run's pairs are written over
+        begun = claim_checkpoint(config.output_dir, settings, free=("task_module",))
+        if first:
             pairs_dataset(episodes, load_pairs(preferences), file=rows)
     trainer = StageDPOTrainer(policy, config, Dataset.from_file(str(rows)), peft_config=peft_config)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or begun)

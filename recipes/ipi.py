@@ -145,12 +145,11 @@ def main(args: IPIArguments) -> None:
     plan = get_plan(args.task)
     if args.init_checkpoint:
         load_policy(args, args.init_checkpoint)
-    out = claim_folder(
-        args.output_dir, asdict(args), free=("phases", "init_checkpoint", "output_dir", "video_episodes")
-    )
+    records = phase_records(args)
+    begun_from = () if args.init_checkpoint and records.done else ("init_checkpoint",)
+    out = claim_folder(args.output_dir, asdict(args), free=("phases", "output_dir", "video_episodes", *begun_from))
     (out / "evaluation").mkdir(exist_ok=True)
     watch = Stopwatch(out / "timing.json")
-    records = phase_records(args)
     todo = [phase for phase in configs if phase not in records.done]
     set_seed(args.seed)
 

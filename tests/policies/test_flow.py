@@ -274,7 +274,7 @@ def test_bad_observations(change, message):
     [
         ({}, "must hold action statistics, got none"),
         (statistics(action_dim=9), r"\['action'\]` must hold at most 8 values, got 9"),
-        ({"toy": {"action": {"mean": [0.0], "std": [0.0]}}}, "`std` must be positive"),
+        ({"toy": {"action": {"mean": [0.0], "std": [-1.0]}}}, "`std` must be at least 0"),
         ({"toy": {"action": {"mean": [0.0], "std": [float("nan")]}}}, "`std` must be finite"),
     ],
 )

@@ -125,6 +125,9 @@ def test_two_processes_leave_what_one_leaves(finished, tmp_path):
 def test_other_settings_in_the_same_folder_are_refused_before_any_work(run_script, finished):
     with pytest.raises(ValueError, match=r"\['num_demonstrations'\]"):
         run_script("recipes/ipi.py", *flags_of(finished, num_demonstrations=7))
+    # the report would say that the phases began from it
+    with pytest.raises(ValueError, match=r"\['init_checkpoint'\]"):
+        run_script("recipes/ipi.py", *flags_of(finished, init_checkpoint=finished / "imitation"))
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,12 @@ def test_it_trains_and_continues(recipe, folders, tmp_path):
     (tmp_path / "two" / "checkpoint-5").mkdir()  # as a process leaves it that is killed while it saves
     run(recipe, folders, tmp_path / "two", lr_scheduler_type="constant")
     assert len(losses_of(tmp_path / "two")) == STEPS
+    # what it was trained on stays, whatever is refused
+    rows = (tmp_path / "two" / "_pairs" / "pairs.arrow").stat().st_mtime_ns
+    for other in ({"beta": 0.7}, {"learning_rate": 1e-2}):
+        with pytest.raises(ValueError, match=f"config.yaml has other \\['{next(iter(other))}'\\]"):
+            run(recipe, folders, tmp_path / "two", lr_scheduler_type="constant", **other)
+    assert (tmp_path / "two" / "_pairs" / "pairs.arrow").stat().st_mtime_ns == rows
 
 
 def test_another_temperature_than_the_rollouts_is_a_warning(recipe, folders, caplog):
