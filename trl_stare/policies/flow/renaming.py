@@ -15,10 +15,10 @@ def rename_once() -> None:
 
     The mapping of transformers 5.23 (`conversion_mapping.py`, "pi0") finds `state_proj` also in `embed_action_time.state_proj`, as
     the tensors of an adapter are called: these would be sought under `embed_action_time.embed_action_time.state_proj`, not be found,
-    and begin anew as random numbers.
+    and begin anew as random numbers. Versions without a mapping have nothing to mend.
     """
-    renamings = [_anchored(rule) for rule in get_checkpoint_conversion_mapping("pi0")]
-    register_checkpoint_conversion_mapping("pi0", renamings, overwrite=True)
+    if rules := get_checkpoint_conversion_mapping("pi0"):
+        register_checkpoint_conversion_mapping("pi0", [_anchored(rule) for rule in rules], overwrite=True)
 
 
 def _anchored(rule: WeightRenaming) -> WeightRenaming:
