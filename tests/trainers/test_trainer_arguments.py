@@ -135,9 +135,8 @@ def test_after_preference_with_a_new_adapter_the_policy_saves_it(tmp_path):
 
 def test_a_model_with_an_adapter_inside_is_refused(tmp_path):
     policy = make_policy()
-    get_peft_model(
-        policy.model, LoraConfig(r=2, target_modules=["q_proj"])
-    )  # what it returns, and not the model in it, is the adapter
+    # what it returns, and not the model in it, is the adapter
+    get_peft_model(policy.model, LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="got one that an adapter was put into"):
         make_trainer(tmp_path, policy=policy)
 

@@ -121,15 +121,14 @@ def whole_checkpoint(
     if Path(checkpoint).is_dir() and find_adapter_config_file(checkpoint) is None:
         return Path(checkpoint)  # without waiting: one process may ask alone
     with PartialState().local_main_process_first():
-        if not Path(checkpoint).is_dir():
-            checkpoint = checkpoint_folder(checkpoint, revision)
+        checkpoint = checkpoint_folder(checkpoint, revision)
         if find_adapter_config_file(checkpoint) is None:
-            return Path(checkpoint)
+            return checkpoint
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 f"`{checkpoint}` must hold whole weights under ZeRO-3, got an adapter. Merge it by `merge_checkpoint` first."
             )
-        sources = _sources(Path(checkpoint), loading)
+        sources = _sources(checkpoint, loading)
         if folder.exists():
             _require_sources(folder, sources, checkpoint)
             return folder

@@ -36,6 +36,7 @@ __all__ = [
     "restore_weights",
     "start_deepspeed_on_cpu",
     "use_adapter",
+    "use_cpu_without_gpus",
     "whole",
 ]
 
@@ -142,6 +143,14 @@ def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
             f"`{folder}` must hold the weights of {type(model).__name__}, got {problems}. Resume from another."
         )
     model.load_state_dict(loaded.state_dict(), strict=True)
+
+
+def use_cpu_without_gpus(args: TrainingArguments) -> None:
+    """Set `use_cpu` on a machine without GPUs, of several of whose processes accelerate 1.15 would take each for one with a GPU.
+
+    Must run before the process group is made, which [`~transformers.TrainingArguments`] does in its `__post_init__`.
+    """
+    args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
 
 
 def start_deepspeed_on_cpu(args: TrainingArguments) -> None:

@@ -10,7 +10,7 @@ from trl import DPOConfig
 
 from trl_stare.data.pairs import OBJECTIVES, STAGE_OBJECTIVES
 from trl_stare.losses import PREFERENCE_LOSSES
-from trl_stare.trainers._compat import start_deepspeed_on_cpu
+from trl_stare.trainers._compat import start_deepspeed_on_cpu, use_cpu_without_gpus
 from trl_stare.trainers.processes import end_with_launcher
 from trl_stare.trainers.unused import refuse_unused
 
@@ -120,8 +120,7 @@ class StageDPOConfig(DPOConfig):
     )
 
     def __post_init__(self):
-        # accelerate would take several processes of a machine without GPUs for several GPUs
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        use_cpu_without_gpus(self)
         if self.bf16 is None:
             on_gpu = not self.use_cpu and torch.cuda.is_available()
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()

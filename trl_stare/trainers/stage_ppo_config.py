@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers.trainer_utils import SaveStrategy
 
 from trl_stare.losses import RATIO_LEVELS
 from trl_stare.stages import POTENTIAL_FORMS
-from trl_stare.trainers._compat import _BaseConfig, start_deepspeed_on_cpu
+from trl_stare.trainers._compat import _BaseConfig, start_deepspeed_on_cpu, use_cpu_without_gpus
 from trl_stare.trainers.actor_critic import SIMULATOR_CRITICS
 from trl_stare.trainers.presets import PPO_PRESETS
 from trl_stare.trainers.processes import end_with_launcher, meet_anew_after_restart
@@ -229,8 +228,7 @@ class StagePPOConfig(_BaseConfig):
             lambda value: value not in _BY_EVALUATION,
             f"another than {_BY_EVALUATION}, whose rate would stay 0",
         )
-        # accelerate would take several processes of a machine without GPUs for several GPUs
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        use_cpu_without_gpus(self)
         end_with_launcher()
         meet_anew_after_restart()
         super().__post_init__()  # makes the process group

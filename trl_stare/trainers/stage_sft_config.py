@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from trl import SFTConfig
 
-from trl_stare.trainers._compat import start_deepspeed_on_cpu
+from trl_stare.trainers._compat import start_deepspeed_on_cpu, use_cpu_without_gpus
 from trl_stare.trainers.processes import end_with_launcher
 from trl_stare.trainers.unused import refuse_unused
 
@@ -53,8 +52,7 @@ class StageSFTConfig(SFTConfig):
             )
         # the rows are decisions that a collator turns into tensors: there is no text to tokenise
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        # accelerate would take several processes of a machine without GPUs for several GPUs
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        use_cpu_without_gpus(self)
         end_with_launcher()
         super().__post_init__()
         start_deepspeed_on_cpu(self)
