@@ -106,3 +106,20 @@ def test_results_replace_those_of_their_task_and_metric_and_leave_the_rest(tmp_p
         ("B", 0.2),
     ]
     assert card.data.model_name == tmp_path.name and f"# {tmp_path.name}" in card.text
+    # and the text says the same, once
+    assert card.text.count("## Results of") == 1
+    assert "| B | success_once 0.2 |" in card.text and "| A | success_once 0.3 |" in card.text and "0.1" not in card.text
+
+
+def test_results_stand_behind_what_the_training_run_wrote(tmp_path):
+    write(tmp_path)
+    name = "success_once, n = 300, 71.0 % [65.6, 75.8]"
+    found = EvalResult(
+        task_type="robotics", dataset_type="StackCube-v1", dataset_name="StackCube-v1", metric_type="success_once",
+        metric_name=name, metric_value=0.71,
+    )  # fmt: skip
+    publish_results(str(tmp_path), [found])
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert text.index("75.0 % [30.1, 95.4]") < text.index("## Results of") < text.index(f"| StackCube-v1 | {name} |")
+    # the other rule's is the training run's, in the metadata as before
+    assert "success_at_end, n = 4" in text.partition("## Results of")[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ PLAIN_METHODS = {
     "interaction": "PPO in the simulator, its rewards not shaped by stages.",
 }
 """In the place of those sentences, for baselines that know no stages."""
+
+RESULTS = ("<!-- results of recipes/evaluate.py -->", "<!-- end of results -->")
+"""What stands around the table that [`publish_results`] writes into a card."""
 
 TAGS = ("robotics", "reinforcement-learning", "vision-language-action", "trl", "stare")
 
@@ -136,7 +140,8 @@ def _success_table(evaluation: Mapping[str, Any]) -> str:
 
 
 def publish_results(model: str, results: Sequence[EvalResult], *, token: str | None = None) -> str:
-    """Put results into the metadata of a model's card; those of the same task and metric are replaced, all else stays.
+    """Put results into the metadata of a model's card and into a table at its end; those of the same task and metric are replaced,
+    all else stays.
 
     Args:
         model (`str`): a checkpoint's folder, whose `README.md` is changed, or a Hub id, whose card is pushed.
@@ -156,7 +161,20 @@ def publish_results(model: str, results: Sequence[EvalResult], *, token: str | N
     kept = [old for old in card.data.eval_results or [] if (old.dataset_type, old.metric_type) not in replaced]
     card.data.model_name = card.data.model_name or name
     card.data.eval_results = [*kept, *results]
+    card.text = _with_results(card.text, card.data.eval_results)
     if folder:
         card.save(folder / "README.md")
         return str(folder / "README.md")
     return str(card.push_to_hub(model, token=token, commit_message="Evaluation results by trl-stare"))
+
+
+def _with_results(text: str, results: Sequence[EvalResult]) -> str:
+    """The card's text, whose last section, written anew each time, says what the metadata do."""
+    begin, end = RESULTS
+    rows = [(each.dataset_name, each.metric_name or f"{each.metric_type} {each.metric_value}") for each in results]
+    table = markdown_table(("task", "result"), rows)
+    what = "As the metadata say; an evaluation above is of the training run that made the checkpoint."
+    section = f"{begin}\n## Results of `recipes/evaluate.py`\n\n{what}\n\n{table}\n{end}\n"
+    without = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}\n?", "", text, flags=re.DOTALL)
+    return f"{without.rstrip()}\n\n{section}"
+
