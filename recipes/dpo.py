@@ -24,6 +24,7 @@ from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
 from trl_stare import StageDPOConfig, StageDPOTrainer, TokenPolicy
+from trl_stare.checkpoints import checkpoint_folder
 from trl_stare.data import (
     TrajectoryFolder,
     check_traces,
@@ -33,12 +34,17 @@ from trl_stare.data import (
     validate_dataset,
 )
 from trl_stare.data.hub import find_dataset
+from trl_stare.evaluation import file_digests
+from trl_stare.files import dataset_digest
 from trl_stare.policies.adapters import whole_checkpoint
 from trl_stare.runs import claim_checkpoint, training_settings
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config
 
 logger = logging.getLogger("dpo")
+
+FREE = ("task_module", "model", "trajectories", "preferences", "revision")
+"""May differ when a run is continued: checkpoint and data are known by what is in them, wherever they are."""
 
 
 @dataclass
@@ -78,14 +84,16 @@ def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) ->
     )
     # by all processes at once: ZeRO-3 divides the weights among them
     policy = TokenPolicy.from_pretrained(checkpoint, args.unnorm_key, **options)
-    settings = training_settings(config) | asdict(args) | {"model_revision": model_args.model_revision}
+    settings = training_settings(config) | asdict(args)
+    settings["weights"] = file_digests(checkpoint_folder(args.model, model_args.model_revision))
+    settings["data"] = [dataset_digest(trajectories), dataset_digest(preferences)]
     rows = Path(config.output_dir) / "_pairs" / "pairs.arrow"
     with PartialState().local_main_process_first():
         if first:
             episodes = TrajectoryFolder(trajectories)
             check_traces(episodes, policy)
         # before another run's pairs are written over
-        begun = claim_checkpoint(config.output_dir, settings, free=("task_module",))
+        begun = claim_checkpoint(config.output_dir, settings, free=FREE)
         if first:
             pairs_dataset(episodes, load_pairs(preferences), file=rows)
     trainer = StageDPOTrainer(policy, config, Dataset.from_file(str(rows)), peft_config=peft_config)

@@ -35,8 +35,9 @@ from trl_stare import (
     make_env,
 )
 from trl_stare.actors import load_actor
+from trl_stare.checkpoints import checkpoint_folder
 from trl_stare.data import TrajectoryFolder, collect_dataset
-from trl_stare.evaluation import PLAIN_METHODS, write_episodes, write_model_card
+from trl_stare.evaluation import PLAIN_METHODS, file_digests, write_episodes, write_model_card
 from trl_stare.policies import norm_stats
 from trl_stare.policies.adapters import whole_checkpoint
 from trl_stare.runs import claim_checkpoint, set_entries, training_settings
@@ -49,8 +50,8 @@ logger = logging.getLogger("ppo")
 EVAL_SEEDS, DEMO_SEEDS, TRAIN_SEEDS = 0, 100_000, 300_000
 NEW_IMAGE_SIZE = 64
 """Pixels of a side of the pictures of a new small VLA."""
-FREE = ("eval_episodes", "num_envs", "num_workers", "task_module")
-"""May differ when a run is continued."""
+FREE = ("eval_episodes", "num_envs", "num_workers", "task_module", "model")
+"""May differ when a run is continued; the checkpoint is known by its files, wherever they are."""
 
 
 @dataclass
@@ -115,7 +116,8 @@ def main(args: PPOArguments, config: StagePPOConfig, model_args: ModelConfig) ->
     held_out = Dataset.from_dict({"seed": range(EVAL_SEEDS, EVAL_SEEDS + args.eval_episodes)})
     with closing(make(args, policy.chunk_size, args.image_size or policy.image_size)) as env:
         trainer = StagePPOTrainer(policy, config, env, plan, starts, held_out)
-        settings = training_settings(config) | asdict(args) | {"model_revision": model_args.model_revision}
+        weights = {} if args.model is None else file_digests(checkpoint_folder(args.model, model_args.model_revision))
+        settings = training_settings(config) | asdict(args) | {"weights": weights}
         claim_checkpoint(out, settings, free=FREE)
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or True)
         if trainer.is_finished:

@@ -22,7 +22,10 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser
 
 from trl_stare import StageSFTConfig, StageSFTTrainer, TokenPolicy, get_plan
+from trl_stare.checkpoints import checkpoint_folder
 from trl_stare.data import TrajectoryFolder
+from trl_stare.evaluation import file_digests
+from trl_stare.files import dataset_digest
 from trl_stare.policies import load_lerobot_policy, quantile_statistics
 from trl_stare.policies.adapters import merge_adapter, whole_checkpoint
 from trl_stare.policies.conventions import get_convention
@@ -30,6 +33,9 @@ from trl_stare.policies.pretrained import vla_settings
 from trl_stare.runs import claim_checkpoint, set_entries, training_settings
 from trl_stare.tasks import import_tasks
 from trl_stare.trainers import get_policy_peft_config
+
+FREE = ("task_module", "model", "demonstrations")
+"""May differ when a run is continued: checkpoint and demonstrations are known by what is in them, wherever they are."""
 
 
 @dataclass
@@ -71,8 +77,10 @@ def main(args: SFTArguments, config: StageSFTConfig, model_args: ModelConfig) ->
     policy = load(args, model_args, Path(config.output_dir))
     peft_config = get_policy_peft_config(model_args)
     trainer = StageSFTTrainer(policy, config, shown, get_plan(shown[0].task), peft_config=peft_config)
-    settings = training_settings(config) | asdict(args) | {"model_revision": model_args.model_revision}
-    checkpoint = claim_checkpoint(config.output_dir, settings, free=("task_module",))
+    settings = training_settings(config) | asdict(args)
+    settings["weights"] = file_digests(checkpoint_folder(args.model, model_args.model_revision))
+    settings["data"] = dataset_digest(args.demonstrations)
+    checkpoint = claim_checkpoint(config.output_dir, settings, free=FREE)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or checkpoint)
     if peft_config is None:
         trainer.save_model(config.output_dir)

@@ -24,3 +24,10 @@ def file_digest(path: str | os.PathLike) -> str:
     """SHA-256 of a file, hexadecimal, as `sha256sum` prints it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dataset_digest(folder: str | os.PathLike) -> str:
+    """SHA-256, hexadecimal, of the names and contents of all parquet files below a folder: of a dataset, wherever it lies."""
+    files = sorted((path.relative_to(folder).as_posix(), path) for path in Path(folder).rglob("*.parquet"))
+    listed = "".join(f"{file_digest(path)}  {name}\n" for name, path in files)
+    return hashlib.sha256(listed.encode()).hexdigest()

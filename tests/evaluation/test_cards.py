@@ -108,7 +108,9 @@ def test_results_replace_those_of_their_task_and_metric_and_leave_the_rest(tmp_p
     assert card.data.model_name == tmp_path.name and f"# {tmp_path.name}" in card.text
     # and the text says the same, once
     assert card.text.count("## Results of") == 1
-    assert "| B | success_once 0.2 |" in card.text and "| A | success_once 0.3 |" in card.text and "0.1" not in card.text
+    assert (
+        "| B | success_once 0.2 |" in card.text and "| A | success_once 0.3 |" in card.text and "0.1" not in card.text
+    )
 
 
 def test_results_stand_behind_what_the_training_run_wrote(tmp_path):

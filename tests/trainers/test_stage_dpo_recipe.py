@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -81,6 +82,22 @@ def test_it_trains_and_continues(recipe, folders, tmp_path):
         with pytest.raises(ValueError, match=f"config.yaml has other \\['{next(iter(other))}'\\]"):
             run(recipe, folders, tmp_path / "two", lr_scheduler_type="constant", **other)
     assert (tmp_path / "two" / "_pairs" / "pairs.arrow").stat().st_mtime_ns == rows
+
+
+def test_a_run_goes_on_from_the_same_contents_under_any_name_and_from_no_others(recipe, folders, tmp_path):
+    for name, folder in folders.items():
+        shutil.copytree(folder, tmp_path / name)
+    moved, options = {name: str(tmp_path / name) for name in folders}, {"lr_scheduler_type": "constant"}
+    run(recipe, folders, tmp_path / "out", max_steps=3, **options)
+    run(recipe, moved, tmp_path / "out", **options)
+    assert len(losses_of(tmp_path / "out")) == STEPS
+    other = make_policy()
+    other.model.lm_head.weight.data += 1.0
+    other.save_pretrained(moved["model"])
+    save_pairs(load_pairs(folders["preferences"])[:-1], moved["preferences"])
+    for name, other in (("model", "weights"), ("preferences", "data")):
+        with pytest.raises(ValueError, match=f"config.yaml has other \\['{other}'\\]"):
+            run(recipe, folders | {name: moved[name]}, tmp_path / "out", **options)
 
 
 def test_another_temperature_than_the_rollouts_is_a_warning(recipe, folders, caplog):

@@ -177,4 +177,3 @@ def _with_results(text: str, results: Sequence[EvalResult]) -> str:
     section = f"{begin}\n## Results of `recipes/evaluate.py`\n\n{what}\n\n{table}\n{end}\n"
     without = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}\n?", "", text, flags=re.DOTALL)
     return f"{without.rstrip()}\n\n{section}"
-
