@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from trl_stare import StagePlan, get_plan
 from trl_stare.data import TrajectoryFolder
 from trl_stare.data.trajectory import Trajectory
+from trl_stare.envs import get_simulated_task
 from trl_stare.envs.experts.motion import inverse, rotate
 from trl_stare.evaluation.report import markdown_table
 from trl_stare.interfaces import Signals
@@ -50,14 +51,14 @@ class Exit(NamedTuple):
     Attributes:
         passed (`bool`): or it did not leave it.
         distance (`float`): the stage's own, at the last row of the segment. nearest (`float`): the smallest within it.
-        seed (`int`): of the episode, its start.
+        start (`int`): the episode's seed, or its configuration in a task that has a list of them.
         state (`Tensor`): `[F]`, see [`features`]. success (`bool`): of the whole episode, afterwards.
     """
 
     passed: bool
     distance: float
     nearest: float
-    seed: int
+    start: int
     state: Tensor
     success: bool
 
@@ -77,15 +78,20 @@ def features(signals: Signals, row: int) -> Tensor:
     return torch.cat([*parts, torch.tensor([float(row)])])
 
 
-def exits(episodes: Sequence[Trajectory], plan: StagePlan) -> list[list[Exit]]:
-    """For each stage, one row an episode that reached it."""
+def exits(episodes: Sequence[Trajectory], plan: StagePlan, configurations: int = 0) -> list[list[Exit]]:
+    """For each stage, one row an episode that reached it.
+
+    Args:
+        configurations (`int`): initial configurations of the task, which the seeds go round; 0 if the seed draws the start.
+    """
     found: list[list[Exit]] = [[] for _ in plan.names]
     for episode in episodes:
         distances = plan.distances(episode.signals)
+        start = episode.seed % configurations if configurations else episode.seed
         for part in segment(plan, episode.signals):
             state = features(episode.signals, part.stop)
             within = distances[part.start : part.stop + 1, part.stage]
-            row = Exit(part.passed, within[-1].item(), within.min().item(), episode.seed, state, episode.success_once)
+            row = Exit(part.passed, within[-1].item(), within.min().item(), start, state, episode.success_once)
             found[part.stage].append(row)
     return found
 
@@ -121,7 +127,7 @@ def left_open(rows: Sequence[Exit], *, seed: int = 0) -> float | None:
     states = (states - states.mean(dim=0)) / states.std(dim=0).clamp(min=1e-6)
     generator = torch.Generator().manual_seed(seed)
     guessed = torch.empty(len(passed))
-    starts = torch.tensor([row.seed for row in passed])
+    starts = torch.tensor([row.start for row in passed])
     known = starts.unique()  # episodes of one start are in one fold: how each start ends could be learned by heart
     for fold in known[torch.randperm(len(known), generator=generator)].chunk(FOLDS):
         held_out = torch.isin(starts, fold)
@@ -158,10 +164,10 @@ def decided_by_start(rows: Sequence[Exit]) -> float | None:
 
     Example: starts whose episodes come as near as 0.1, 0.1 and as 0.3, 0.3: 1. As 0.1, 0.3 and as 0.1, 0.3: 0.
     """
-    by_seed: dict[int, list[float]] = {}
+    by_start: dict[int, list[float]] = {}
     for row in rows:
-        by_seed.setdefault(row.seed, []).append(row.nearest)
-    groups = [torch.tensor(values, dtype=torch.float64) for values in by_seed.values() if len(values) > 1]
+        by_start.setdefault(row.start, []).append(row.nearest)
+    groups = [torch.tensor(values, dtype=torch.float64) for values in by_start.values() if len(values) > 1]
     if len(groups) < 2:
         return None
     sizes, everything = torch.tensor([len(group) for group in groups], dtype=torch.float64), torch.cat(groups)
@@ -186,7 +192,7 @@ def by_fifths(rows: Sequence[Exit]) -> list[tuple[float, float]] | None:
     return [(group[len(group) // 2].distance, sum(row.success for row in group) / len(group)) for group in groups]
 
 
-def measure(episodes: Sequence[Trajectory], plan: StagePlan) -> dict[str, Any]:
+def measure(episodes: Sequence[Trajectory], plan: StagePlan, configurations: int = 0) -> dict[str, Any]:
     """The content of `results.json`: stage -> `reached`, `passed`, `told_by_passing`, `left_open`, `decided_by_start`, `by_fifths`."""
     return {
         name: {
@@ -197,7 +203,7 @@ def measure(episodes: Sequence[Trajectory], plan: StagePlan) -> dict[str, Any]:
             "decided_by_start": decided_by_start(rows),
             "by_fifths": by_fifths(rows) if name != plan.names[-1] else None,
         }
-        for name, rows in zip(plan.names, exits(episodes, plan), strict=True)
+        for name, rows in zip(plan.names, exits(episodes, plan, configurations), strict=True)
     }
 
 
@@ -235,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
     given = {"task": args.task, "rollouts": [str(path) for path in args.rollouts]}
     out, plan = claim_folder(args.output_dir, given, free=()), get_plan(args.task)
     episodes = [episode for folder in args.rollouts for episode in TrajectoryFolder(folder, images=False)]
-    results = measure(episodes, plan)
+    results = measure(episodes, plan, get_simulated_task(args.task).configurations)
     (out / "results.json").write_text(
         json.dumps({"settings": given, "episodes": len(episodes), "stages": results}, indent=1) + "\n"
     )

@@ -43,6 +43,7 @@ from trl_stare.evaluation import (
     measure_robustness,
     package_versions,
     play_in_blocks,
+    played_variations,
     publish_results,
     read_played,
     resolve_policy,
@@ -172,8 +173,13 @@ def main(args: EvaluateArguments) -> None:
     if args.push:
         logger.info("model card: %s", publish_results(args.model, eval_results(info)))
     if variations:
-        varied = {name: evaluate_tasks(job, name, out / name, watch)[1] for name in variations}
-        rule, what = args.success_rule, {name: get_variation(name).what for name in variations}
+        asked = {
+            *variations,
+            *played_variations(out),
+        }  # with those that are there the summary is of all, in the same order
+        names = [name for name in select_variations("all") if name in asked]
+        varied = {name: evaluate_tasks(job, name, out / name, watch)[1] for name in names}
+        rule, what = args.success_rule, {name: get_variation(name).what for name in names}
         write_robustness(out, measure_robustness(nominal, varied, rule=rule), rule=rule, what=what)
         logger.info("%s\n\nwritten to %s", (out / "robustness.md").read_text(), out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,13 +42,17 @@ def load_actor(policy: str, task: str, *, noise: float = 0.0, temperature: float
         loading: for a checkpoint's `from_pretrained`: `unnorm_key`, `dtype`, fields of its config.
 
     Raises:
-        ValueError: if the task is unknown or has no demonstrator, `noise` is given to another actor than an expert, or `loading` to
-            another than a checkpoint.
+        ValueError: if the task is unknown or has no demonstrator, `noise` is given to another actor than an expert, `loading` to
+            another than a checkpoint, or `temperature` is negative.
         OSError: if there is no such checkpoint.
 
     Example: `load_actor("expert", "StackCube-v1").chunk_size` is 1: demonstrators decide at every step.
     """
     simulated = get_simulated_task(task)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"`temperature` must be a number from 0 on, got {temperature}. Give 0 to take the likeliest action."
+        )
     if noise and policy != "expert":
         raise ValueError(f"`noise` must be 0 unless the expert acts, got {noise} for {policy!r}.")
     if loading and policy in SCRIPTED:

@@ -37,8 +37,7 @@ class Arm:
         rounds (`int`): how often preference learning is done, each time on new rollouts of what the time before made.
 
     Raises:
-        ValueError: for an unknown method, no seeds, several rounds of what learns no preferences, or a setting of something that
-            the method does not do.
+        ValueError: for an unknown method, no seeds, or several rounds of what learns no preferences.
     """
 
     name: str
@@ -77,7 +76,8 @@ class Queue:
         levels (`tuple[float, ...]`): success in rollouts, in (0, 1], whose cost in environment steps is told.
 
     Raises:
-        ValueError: if arms share a name, a comparison names none or two without a training seed in common, or a level is no rate.
+        ValueError: if an arm is named like a checkpoint, a comparison names none or two without a training seed in common, or a level is
+            no rate.
     """
 
     task: str
@@ -91,6 +91,10 @@ class Queue:
 
     def __post_init__(self):
         arms = {arm.name: arm for arm in self.arms}
+        if both := sorted(arms.keys() & {arm.start for arm in self.arms}):
+            raise ValueError(
+                f"`start` must be named otherwise than the arms, got {', '.join(both)} for both. Rename it."
+            )
         for pair in self.compare:
             if len(pair) != 2 or not arms.keys() >= set(pair):
                 raise ValueError(f"`compare` must hold pairs of {', '.join(arms)}, got {[*pair]}.")
@@ -119,7 +123,8 @@ def read_queue(path: Path, task: str | None = None) -> Queue:
     `preference` and `ppo` are laid over them, setting by setting. `task` stands above the file's.
 
     Raises:
-        ValueError: for what [`Queue`] and [`Arm`] refuse, and for unknown names; says which.
+        ValueError: for what [`Queue`] and [`Arm`] refuse, for an arm's own settings of something that its method does not do, and for
+            unknown names; says which.
 
     Example: `{task: StackCube-v1, start: weak, seeds: [0, 1], ppo: {preset: small-cpu}, arms: {ppo: {method: ppo}}}`.
     """
@@ -134,7 +139,12 @@ def read_queue(path: Path, task: str | None = None) -> Queue:
 
 def _arm(name: str, settings: Mapping[str, Any], shared: Mapping[str, Any]) -> Arm:
     given = {"method": name} | dict(shared) | dict(settings)
-    for part in ("preference", "ppo"):
+    steps = set(METHODS.get(given["method"], ()))
+    for part, of_part in (("preference", steps & set(OBJECTIVES)), ("ppo", steps - set(OBJECTIVES))):
+        if settings.get(part) and given["method"] in METHODS and not of_part:  # an unknown method is `Arm`'s to refuse
+            raise ValueError(
+                f"`{part}` of arm {name!r} must be left out, as {given['method']!r} does none, got {settings[part]}."
+            )
         given[part] = {**shared.get(part, {}), **settings.get(part, {})}
     _refuse_unknown(f"arm {name!r}", given, [part.name for part in fields(Arm)])
     return Arm(**given | {"name": name, "seeds": tuple(given.get("seeds", ()))})

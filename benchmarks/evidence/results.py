@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from operator import attrgetter, methodcaller
@@ -26,6 +27,8 @@ from trl_stare.stages import stage_success
 
 Episodes = Mapping[int, Sequence[EpisodeResult]]
 """Training seed -> evaluation."""
+
+logger = logging.getLogger("evidence")
 
 SOLVED = attrgetter("success_once")
 
@@ -124,10 +127,10 @@ def build_results(
         rows[name] |= learning(queue, steps, plan.names[0])
         rows[name]["missing_seeds"] = [seed for seed in arm.seeds if seed not in episodes]
         if arm.method != "sft":
-            tests.append({"a": arm.start, "b": name} | compare(starts[arm.start], episodes, plan.names))
+            tests += _tested(arm.start, name, starts[arm.start], episodes, plan)
     for a, b in queue.compare:
         if a in arms and b in arms and arms[a][1].keys() & arms[b][1].keys():
-            tests.append({"a": a, "b": b} | compare(arms[a][1], arms[b][1], plan.names))
+            tests += _tested(a, b, arms[a][1], arms[b][1], plan)
     return {
         "queue": asdict(queue),
         "checkpoints": checkpoints,
@@ -137,6 +140,15 @@ def build_results(
         "arms": rows,
         "comparisons": tests,
     }
+
+
+def _tested(a: str, b: str, of_a: Episodes, of_b: Episodes, plan: StagePlan) -> list[dict[str, Any]]:
+    """One comparison, or none where too many episodes are void: the queue goes on, and the table has the rates."""
+    try:
+        return [{"a": a, "b": b} | compare(of_a, of_b, plan.names)]
+    except ValueError as error:
+        logger.error("%s -> %s is not compared: %s", a, b, error)
+        return []
 
 
 def markdown(results: Mapping[str, Any]) -> str:

@@ -166,11 +166,13 @@ def evaluate_start(queue: Queue, checkpoint: Path, digests: Mapping[str, str], f
         digests (`Mapping`): [`~trl_stare.evaluation.file_digests`] of `checkpoint`.
 
     Raises:
-        ValueError: if the folder of `file` is of other weights, or of a queue that evaluates them otherwise.
+        ValueError: if the folder of `file` is of other weights, of a queue that evaluates them otherwise, or of other stages.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with _lock(file.parent):
-        claim_folder(file.parent, _common(queue) | {"files": dict(digests)})
+        # not stages that are cut otherwise: the table counts who passed them, and tests it
+        stages = {"stage_events": get_plan(queue.task).event_names}
+        claim_folder(file.parent, _common(queue) | stages | {"files": dict(digests)})
         if file.exists():
             return
         logger.info("evaluating %s with sampling seed %d", checkpoint, seed)

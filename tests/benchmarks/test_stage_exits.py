@@ -29,6 +29,7 @@ from benchmarks.stage_exits import (  # noqa: E402
     told_by_passing,
 )
 from trl_stare.data import play, save_trajectories  # noqa: E402
+from trl_stare.envs import SimulatedTask, register_simulated_task  # noqa: E402
 from trl_stare.stages import register_plan  # noqa: E402
 from trl_stare.stages.registry import _PLANS  # noqa: E402
 
@@ -108,6 +109,14 @@ def test_fifths_begin_with_the_nearest():
     assert by_fifths(rows[:4]) is None
 
 
+def test_seeds_that_go_round_the_configurations_are_one_start():
+    """Seven starts of six episodes each, numbered by the seeds; how near an episode comes is its start's."""
+    episodes = [make_approach([1.0, 0.4 + 0.01 * (seed % 7)], False, seed=seed) for seed in range(42)]
+    near, _ = exits(episodes, PLAN, 7)
+    assert {row.start for row in near} == {*range(7)} and decided_by_start(near) == pytest.approx(1.0)
+    assert decided_by_start(exits(episodes, PLAN)[0]) is None
+
+
 def test_the_hand_is_seen_from_the_object():
     """A peg that points along world y, and a hand 0.1 m along it: 0.1 along the peg's own x."""
     half = math.sqrt(0.5)
@@ -130,12 +139,14 @@ def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_stare.stages.registry._PLANS", dict(_PLANS))
     register_plan(plan)
     save_trajectories([replace(e, task=plan.task) for e in episodes], tmp_path / "rollouts", plan)
+    monkeypatch.setattr("trl_stare.envs.registry._TASKS", {})
+    register_simulated_task(SimulatedTask(plan.task, "", "", lambda *_: {}, {"success": 0}, configurations=8))
     main(Namespace(task=plan.task, task_module=None, rollouts=[tmp_path / "rollouts"], output_dir=tmp_path / "out"))
     written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert written["episodes"] == 40 and written["stages"] == json.loads(json.dumps(measure(episodes, plan)))
+    assert written["episodes"] == 40 and written["stages"] == json.loads(json.dumps(measure(episodes, plan, 8)))
     near, hit = written["stages"].values()
     assert 0 < near["passed"] < near["reached"] == 40 and hit["told_by_passing"] == pytest.approx(1.0)
     assert markdown(written["stages"]) == (tmp_path / "out" / "results.md").read_text()
-    assert f"| Near | {near['passed']}/40 | {100 * near['told_by_passing']:.0f} % | - | - |" in markdown(
+    assert f"| Near | {near['passed']}/40 | {100 * near['told_by_passing']:.0f} % | - | 0 % |" in markdown(
         written["stages"]
     )

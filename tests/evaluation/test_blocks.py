@@ -88,5 +88,12 @@ def test_suites():
 def test_episodes_that_would_repeat_each_other_are_refused():
     check_distinct({0: range(24)}, 24, "T")
     check_distinct({0: range(100), 1: range(100, 200)}, 0, "T")  # the seed draws the start
-    with pytest.raises(ValueError, match="at most the 24 configurations of T where nothing is drawn, got 48 episodes"):
+    check_distinct({0: range(12), 1: range(12, 24)}, 24, "T")
+    message = "each of the 24 configurations of T at most once where nothing is drawn, got 48 episodes of 24"
+    with pytest.raises(ValueError, match=message):
         check_distinct({0: range(24), 1: range(24, 48)}, 24, "T")
+    for seed in (2, 5):  # 24 is configuration 0 again, and 60 is 12
+        with pytest.raises(ValueError, match="got 24 episodes of 12"):
+            check_distinct(
+                {seed - 2: range(12 * seed - 24, 12 * seed - 12), seed: range(12 * seed, 12 * seed + 12)}, 24, "T"
+            )

@@ -142,14 +142,18 @@ def test_what_is_void_in_one_evaluation_is_left_out_of_both():
     many = [EpisodeResult(seed, seed % 2 == 0, False, 4, False, True, ()) for seed in range(200)]
     a, b = paired(many[1:], many[:-2])
     assert a == b == [seed % 2 == 0 for seed in range(1, 198)]
-    with pytest.raises(ValueError, match="4 that only one of them played"):
-        paired(many, many[4:])
+    assert len(paired(many, many[4:])[0]) == 196  # two of a hundred
+    with pytest.raises(ValueError, match="5 that only one of them played"):
+        paired(many, many[5:])
+    # and one of however few
+    assert paired(EPISODES, EPISODES[1:]) == ([True, False, False], [True, False, False])
 
 
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        (EPISODES, EPISODES[1:], r"1 that only one of them played \(e.g. 0\)"),
+        (EPISODES, EPISODES[2:], r"2 that only one of them played \(e.g. 0\)"),
+        (EPISODES[:1], [], "1 that only one"),
         (EPISODES[:2], EPISODES[2:], "4 that only one"),
         (EPISODES, [*EPISODES, EPISODES[0]], "`b` must hold each seed once, got 1"),
     ],

@@ -11,7 +11,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from trl_stare.evaluation import file_digests, read_played
+from trl_stare.evaluation import file_digests, played_variations, read_played
 from trl_stare.policies import TokenPolicy, create_tiny_pi0
 
 QUANTILES = {"q01": [-0.1] * 7, "q99": [0.1] * 7}
@@ -188,6 +188,11 @@ def test_one_command_compares_variations_with_the_nominal_task(checkpoint, tmp_p
     assert compared[0] == ["| variation", "what", "n"]
     assert compared[2:] == [["| nominal", "success_once", "2"], ["| action/latency", "success_once", "2"]]
 
+    # another one is added, not put in the other's place
+    flags[flags.index("action/latency")] = "action/noise"
+    run_script("recipes/evaluate.py", *flags)
+    assert set(played_variations(tmp_path)) == {"nominal", "action/latency", "action/noise"}
+
 
 @pytest.mark.parametrize(
     ("folders", "message"),
@@ -206,6 +211,10 @@ def test_folders_that_cannot_be_paired_are_refused(folders, message, run_script,
     ("flags", "message"),
     [
         (["--model", "expert", "--task", TASK, "--variations", "light/dimm"], "Did you mean 'light/dim'"),
+        (
+            ["--model", "expert", "--task", TASK, "--temperature", -1],
+            "`temperature` must be a number from 0 on, got -1",
+        ),
         (["--model", "expert"], "one of `task` and `suite` must be given"),
         (["--model", "expert", "--task", TASK, "--success_rule", "x"], "`success_rule` must be one of"),
         (["--model", "no/such/folder", "--task", TASK], "there is no such folder"),
@@ -219,10 +228,10 @@ def test_folders_that_cannot_be_paired_are_refused(folders, message, run_script,
             ["--model", "expert", "--task", TASK, "--device", "cuda", "--variations", "light/dim"],
             "without `variations`",
         ),
-        (["--model", "expert", "--suite", "simpler_widowx", "--seed", 0, 1], "at most the 24 configurations of Put"),
+        (["--model", "expert", "--suite", "simpler_widowx", "--seed", 0, 1], "each of the 24 configurations of Put"),
         (
             ["--model", "user/vla", "--suite", "simpler_widowx", "--episodes", 25, "--temperature", 0],
-            "got 25 episodes, of which the others would be repetitions",
+            "got 25 episodes of 24: the others would be repetitions",
         ),
     ],
 )

@@ -52,6 +52,8 @@ def array(**changes):
         (OPENPI + b"\0", "extra data"),
         (b"\x91" * 2000, "2000 bytes"),  # nested too deeply
         (b"\xdf\xff\xff\xff\xff", "5 bytes"),  # promises 2^32 - 1 entries
+        (b"\xdd" + (300_000).to_bytes(4, "big") + b"\x80" * 300_000, "300005 bytes"),  # a list of as many empty maps
+        (b"\xdc\xff\xff" * 4 + b"\x80" * 65_535 * 4, "at most 200000 objects"),  # lists within lists
         (b"\x81\x90\x01", "1|unhashable|not allowed"),  # a list as key
         (array(dtype="|O"), r"must be of \|u1.*got '\|O'"),
         (array(dtype=["<f4"]), r"got \['<f4'\]"),

@@ -67,7 +67,9 @@ def resolve_policy(model: str, revision: str | None = None, loading: Mapping[str
 def _policy_digests(folder: str | Path) -> dict[str, str]:
     files, adapter = file_digests(folder), Path(folder) / "adapter_config.json"
     if adapter.exists():  # PEFT's: most of the weights are elsewhere
-        base = resolve_policy(json.loads(adapter.read_text())["base_model_name_or_path"])
+        settings = json.loads(adapter.read_text())
+        base_model = settings["base_model_name_or_path"]
+        base = resolve_policy(base_model, None if Path(base_model).is_dir() else settings.get("revision"))
         files |= {f"base/{name}": digest for name, digest in base.files.items()}
     return files
 

@@ -208,7 +208,7 @@ def paired(
         outcome (`Callable`): what of an episode is compared, e.g. `lambda episode: episode.passed(0)`.
 
     Raises:
-        ValueError: if a seed occurs twice, or the two did not play the same seeds, but for [`MOST_VOID`] of them.
+        ValueError: if a seed occurs twice, or the two did not play the same seeds, but for [`MOST_VOID`] of them, or one.
     """
     by_seed = []
     for name, episodes in (("a", a), ("b", b)):
@@ -217,7 +217,7 @@ def paired(
             raise ValueError(f"`{name}` must hold each seed once, got {len(episodes) - len(outcomes)} repeated.")
         by_seed.append(outcomes)
     unpaired, common = (by_seed[0].keys() ^ by_seed[1].keys()), (by_seed[0].keys() & by_seed[1].keys())
-    if len(unpaired) > MOST_VOID * len(common):
+    if not common or len(unpaired) > max(1, MOST_VOID * (len(common) + len(unpaired))):
         raise ValueError(
             f"`a` and `b` must have played the same seeds, got {len(unpaired)} that only one of them played "
             f"(e.g. {min(unpaired)}). Evaluate both on the same seeds."

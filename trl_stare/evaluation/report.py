@@ -222,8 +222,8 @@ def _comparison(before: Sequence[EpisodeResult], after: Sequence[EpisodeResult])
     """Gain in points, episodes won, episodes lost, p."""
     try:
         first, second = paired(before, after)
-    except ValueError:
-        return "not comparable: evaluated on different seeds", "-", "-", "-"
+    except ValueError as error:
+        return f"not comparable: {error}", "-", "-", "-"
     test = mcnemar_exact(first, second)
     gain = 100 * (test.b_only - test.a_only) / len(first)
     return f"{gain:+.1f} points", str(test.b_only), str(test.a_only), f"{test.p_value:.2g}"

@@ -87,14 +87,18 @@ def check_distinct(starts: Mapping[int, range], configurations: int, task: str) 
         task (`str`): its name.
 
     Raises:
-        ValueError: if there are more episodes than configurations.
+        ValueError: if two episodes are of one configuration.
 
-    Example: two seeds of 24 episodes each are refused where there are 24 configurations, and one is not.
+    Example: where there are 24 configurations, two seeds of 24 episodes each are refused, and so are seeds 0 and 2 of twelve each, since
+    24 is configuration 0 again; seeds 0 and 1 of twelve each are not.
     """
     episodes = sum(map(len, starts.values()))
-    if 0 < configurations < episodes:
+    if not configurations:
+        return
+    distinct = {start % configurations for chosen in starts.values() for start in chosen}
+    if len(distinct) < episodes:
         raise ValueError(
-            f"`episodes` and `seed` must give at most the {configurations} configurations of {task} where nothing is drawn, got {episodes} "
-            "episodes, of which the others would be repetitions. Leave out `episodes` and give one `seed`, or sample with a "
-            "`temperature` above 0."
+            f"`episodes` and `seed` must give each of the {configurations} configurations of {task} at most once where nothing is drawn, "
+            f"got {episodes} episodes of {len(distinct)}: the others would be repetitions. Leave out `episodes` and give one `seed`, or "
+            "sample with a `temperature` above 0."
         )

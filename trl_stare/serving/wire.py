@@ -17,6 +17,11 @@ DTYPES = ("|u1", "|b1", "<i4", "<i8", "<f2", "<f4", "<f8")
 """NumPy's names of what an array may hold: plain numbers, never objects."""
 
 
+MOST_OBJECTS = 200_000
+"""Maps, lists and what is in them, in one message: those of thousands of observations, and little memory. What is large is an array, whose
+bytes are one object."""
+
+
 def pack(message: Any) -> bytes:
     """Plain values, NumPy arrays and tensors as bytes.
 
@@ -34,8 +39,18 @@ def unpack(data: bytes) -> Any:
     Raises:
         ValueError: if `data` is no message; says why.
     """
+    found = 0
+
+    def count(value: Any) -> Any:  # one byte makes a map of 64: bytes alone do not bound what a message takes
+        nonlocal found
+        found += 1 + len(value)
+        if found > MOST_OBJECTS:
+            raise ValueError(f"a message must hold at most {MOST_OBJECTS} objects, got more")
+        return value
+
+    limit = {"max_array_len": MOST_OBJECTS, "max_map_len": MOST_OBJECTS}
     try:
-        return msgpack.unpackb(data, object_hook=_decode)
+        return msgpack.unpackb(data, object_hook=lambda value: _decode(count(value)), list_hook=count, **limit)
     except (ValueError, msgpack.UnpackException) as error:
         raise ValueError(f"a message must be msgpack, got {len(data)} bytes that are not: {error}.") from error
 
