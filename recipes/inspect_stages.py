@@ -11,6 +11,7 @@ import json
 import logging
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trl_stare import get_plan, make_env
 from trl_stare.actors import load_actor
 from trl_stare.data import collect
 from trl_stare.evaluation import can_film, film_episode, inspect, plot_timelines
+from trl_stare.interfaces import EpisodeStart, VoidEpisode
 from trl_stare.runs import set_entries
 from trl_stare.stages import check
 from trl_stare.tasks import import_tasks
@@ -69,7 +71,13 @@ def main(args: InspectArguments) -> None:
         tqdm(total=args.episodes, desc=args.task, unit="episode") as bar,
     ):
         act = actor.make(torch.Generator().manual_seed(args.seed))
-        trajectories = collect(env, act, seeds, name=actor.name, on_episode=lambda _: bar.update())
+        trajectories = collect(
+            env, act, seeds, name=actor.name, on_episode=lambda _: bar.update(), on_void=partial(leave_out, bar)
+        )
+    if not trajectories:
+        raise SystemExit(
+            "`episodes` must hold one whose values are finite, got none: see above. Look at the task's `signals`."
+        )
     out.mkdir(parents=True, exist_ok=True)
     (out / "stages.json").write_text(json.dumps(inspect(trajectories, plan), indent=1))
     plot_timelines(trajectories, plan, out / "timeline.png")
@@ -83,6 +91,12 @@ def main(args: InspectArguments) -> None:
             for trajectory in trajectories[: args.videos]:
                 film_episode(camera, trajectory, plan, out)
     logger.info("written to %s", out)
+
+
+def leave_out(bar: tqdm, start: EpisodeStart, void: VoidEpisode) -> None:
+    """Tell of an episode that holds no numbers; the others are looked at."""
+    logger.warning("seed %d is left out, whose %s was not finite at step %d", start.seed, void.what, void.step)
+    bar.update()
 
 
 if __name__ == "__main__":

@@ -25,13 +25,12 @@ from trl_stare.data import (
 )
 from trl_stare.data.actors import Decision, policy_actor
 from trl_stare.envs import make_env
-from trl_stare.interfaces import VoidEpisode
 from trl_stare.policies import TokenPolicy
 from trl_stare.stages import get_plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 from ppo_toy import PLAN as TOY_PLAN  # noqa: E402
-from ppo_toy import STATS, ToyEnv  # noqa: E402
+from ppo_toy import STATS, SpoiledEnv, ToyEnv  # noqa: E402
 
 TASK = "StackCube-v1"
 PLAN = get_plan(TASK)
@@ -94,6 +93,58 @@ def test_a_finished_collection_is_left_alone_and_can_be_extended(env, tmp_path):
     collected(env, tmp_path / "demos", 3)
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "demos").iterdir()}
     assert [trajectory.seed for trajectory in collected(env, tmp_path / "demos", 5)] == [0, 1, 2, 3, 4]
+
+
+def test_fewer_episodes_than_there_are_lose_none(tmp_path):
+    def collect(episodes, **options):
+        env = SpoiledEnv()
+        make = {"episodes": episodes, "progress": False, **options}
+        collect_dataset(env, lambda _: to_the_middle, tmp_path / "rollouts", TOY_PLAN, **make)
+        return env.played, [one.seed for one in load_trajectories(tmp_path / "rollouts")]
+
+    def interrupt(trajectory):
+        if trajectory.seed == 7:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        collect(20, on_episode=interrupt)
+    assert collect(3) == ([], [0, 1, 2])
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "rollouts").iterdir()}
+    assert collect(2) == ([], [0, 1, 2])
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "rollouts").iterdir()}
+    assert collect(6) == ([], [*range(6)])
+    played, seeds = collect(10)
+    assert seeds == [*range(10)] and min(played) > 6
+    assert {path.name for path in tmp_path.iterdir()} == {"rollouts", ".rollouts.lock"}
+
+
+def test_an_empty_folder_is_a_new_one(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    folder = collect_dataset(ToyEnv(2), lambda _: to_the_middle, tmp_path / "rollouts", TOY_PLAN, episodes=2)
+    assert len(load_trajectories(folder)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "signal_names",
+            ("distance", "height", "success"),
+            r"other `signals`: \['distance', 'height', 'success'\], there \['dist",
+        ),
+        ("instruction", "go away", r"other `instruction`: \['go away'\], there \['go to the middle'\]. Give"),
+    ],
+)
+def test_a_task_that_was_changed_is_not_continued(tmp_path, name, value, message):
+    def collect(env, episodes):
+        return collect_dataset(env, lambda _: to_the_middle, tmp_path / "rollouts", TOY_PLAN, episodes=episodes)
+
+    collect(ToyEnv(2), 2)
+    env = SpoiledEnv()
+    setattr(env, name, value)
+    with pytest.raises(ValueError, match=message):
+        collect(env, 4)
+    assert env.played == []
 
 
 def test_a_second_process_waits_and_then_finds_it_done(env, tmp_path, caplog):
@@ -239,7 +290,7 @@ def test_failures_are_not_played_again_when_successes_are_extended(env, tmp_path
     assert kept[-1] > 2, "no seed failed"
     again = Recorded()
     more = [trajectory.seed for trajectory in collected(again, tmp_path / "demos", 4, **options)]
-    assert more[:3] == kept and min(again.seeds) == kept[-1] + 1
+    assert more[:3] == kept and all(seed > kept[-1] for seed in again.seeds)
 
 
 def test_successes_only_and_the_same_twice(env, tmp_path):
@@ -275,22 +326,6 @@ def test_no_episodes(env, tmp_path):
         collected(env, tmp_path / "demos", 0)
     with pytest.raises(ValueError, match="`episodes_per_seed` must be at least 1, got 0"):
         collected(env, tmp_path / "demos", 1, episodes_per_seed=0)
-
-
-class SpoiledEnv(ToyEnv):
-    """Every episode of some seeds ends with a value that is not finite."""
-
-    def __init__(self, *seeds: int, num_envs: int = 2):
-        super().__init__(num_envs)
-        self.seeds, self.played = seeds, []
-
-    def step(self, actions):
-        playing, step = self.episode.clone(), super().step(actions)
-        rows = torch.nonzero(step.terminated | step.truncated).flatten().tolist()
-        self.played += [self.starts[playing[row]].seed for row in rows]
-        rows = [row for row in rows if self.starts[playing[row]].seed in self.seeds]
-        step.terminated[rows], step.truncated[rows] = False, False
-        return step._replace(voided=tuple(VoidEpisode(int(playing[row]), 2, "state", row) for row in rows))
 
 
 @pytest.mark.parametrize(("repeats", "selects"), [(1, False), (1, True), (3, False)])

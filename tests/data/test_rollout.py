@@ -116,6 +116,10 @@ def test_a_replay_that_ends_elsewhere_is_refused():
     env = TwoRows()
     (played,) = collect(env, actor(env.log), [3], name="nobody")
     assert torch.equal(replay(env, played).signals["count"], played.signals["count"])
+    # what was meant is not what was done, where a mistake was made
+    meant = replace(played, labels=played.actions + 1)
+    assert torch.equal(replay(env, meant).labels, meant.labels)
+    assert torch.equal(replay(env, meant).actions, played.actions)
     with pytest.raises(ValueError, match="`env` must repeat the episode of seed 3, got another 'end'"):
         replay(env, replace(played, actions=played.actions[:2]))  # the environment goes on
     with pytest.raises(ValueError, match="`env` must repeat the episode of seed 2, got another 'count'"):

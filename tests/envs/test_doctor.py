@@ -116,3 +116,14 @@ def test_exit_code_and_repair_lines(status, code):
     assert report([Check("thing", status, "detail [with] brackets", repair)], console) == code
     text = console.export_text()
     assert "detail [with] brackets" in text and f"thing: {repair}\n" in text  # one unbroken line to copy
+
+
+def test_the_bridge_tasks_need_the_scene_and_the_robot(monkeypatch, tmp_path):
+    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
+    names = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
+    for name, folder in names.items():
+        (check,) = doctor.check_assets()
+        assert f"download_asset {name} -y" in check.repair and name in check.detail
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    (check,) = doctor.check_assets()
+    assert check == ("assets", "ok", f"Bridge tasks: in {tmp_path / 'data'}", "")

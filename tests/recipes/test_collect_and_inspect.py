@@ -2,13 +2,20 @@
 
 import json
 import logging
+import sys
+from pathlib import Path
 
 import imageio.v3 as imageio
 import pytest
 import torch
 
+from trl_stare.actors import NamedActor
 from trl_stare.data import load_trajectories, stored_settings
+from trl_stare.data.actors import Decision
 from trl_stare.policies import TokenPolicy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
+from ppo_toy import PLAN, SpoiledEnv  # noqa: E402
 
 
 def test_collect(run_script, tmp_path, caplog):
@@ -51,6 +58,27 @@ def test_inspect_stages(run_script, tmp_path):
     assert len(video) == seen["episodes"][0]["num_steps"] + 1
     assert imageio.imread(tmp_path / "timeline.png").shape[1] > 800
     assert "0 error" in (tmp_path / "findings.txt").read_text()
+
+
+def test_an_episode_that_the_simulator_spoils_is_told_of_and_the_others_are_looked_at(
+    load_recipe, tmp_path, monkeypatch, caplog
+):
+    recipe = load_recipe("inspect_stages")
+    actor = NamedActor("nobody", lambda generator: lambda obs, signals: Decision(*(-obs.state[:, None].sign(),) * 2))
+    monkeypatch.setattr(recipe, "load_actor", lambda *_, **__: actor)
+    monkeypatch.setattr(recipe, "get_plan", lambda task: PLAN)
+    monkeypatch.setattr(recipe, "plot_timelines", lambda *_: None)  # a point has no gripper
+    for spoiled, seeds in (((1,), [0, 2]), ((0, 1, 2), None)):
+        monkeypatch.setattr(recipe, "make_env", lambda *_, spoiled=spoiled, **__: SpoiledEnv(*spoiled))
+        args = recipe.InspectArguments(PLAN.task, episodes=3, videos=0, output_dir=str(tmp_path / str(len(spoiled))))
+        if seeds is None:
+            with pytest.raises(SystemExit, match="must hold one whose values are finite"):
+                recipe.main(args)
+        else:
+            recipe.main(args)
+            seen = json.loads((tmp_path / "1" / "stages.json").read_text())
+            assert [episode["seed"] for episode in seen["episodes"]] == seeds
+    assert "seed 1 is left out, whose state was not finite at step 2" in caplog.text
 
 
 @pytest.mark.parametrize(("recipe", "file"), [("inspect_stages", "stages.json"), ("evaluate", "eval_info.json")])

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from trl_stare.data import Trajectory
-from trl_stare.interfaces import EpisodeStart, Observation, Start, Step
+from trl_stare.interfaces import EpisodeStart, Observation, Start, Step, VoidEpisode
 from trl_stare.policies import TokenPolicy
 from trl_stare.stages import Stage, StagePlan
 from trl_stare.stages.measures import succeeded
@@ -128,6 +128,22 @@ def make_trajectory(
         signals=given, reward=torch.tensor(rewards), terminated=terminated, truncated=not terminated,
     )  # fmt: skip
     return replace(plain, **fields)
+
+
+class SpoiledEnv(ToyEnv):
+    """Every episode of some seeds ends with a value that is not finite."""
+
+    def __init__(self, *seeds: int, num_envs: int = 2):
+        super().__init__(num_envs)
+        self.seeds, self.played = seeds, []
+
+    def step(self, actions):
+        playing, step = self.episode.clone(), super().step(actions)
+        rows = torch.nonzero(step.terminated | step.truncated).flatten().tolist()
+        self.played += [self.starts[playing[row]].seed for row in rows]
+        rows = [row for row in rows if self.starts[playing[row]].seed in self.seeds]
+        step.terminated[rows], step.truncated[rows] = False, False
+        return step._replace(voided=tuple(VoidEpisode(int(playing[row]), 2, "state", row) for row in rows))
 
 
 def make_approach(distances: list[float], success: bool, seed: int = 1) -> Trajectory:

@@ -24,9 +24,15 @@ from tqdm.auto import tqdm
 
 from trl_stare.data.actors import Actor
 from trl_stare.data.labels import check_labels, relabel_folder
-from trl_stare.data.parquet import check_replaceable, finish_folder
+from trl_stare.data.parquet import check_replaceable, finish_folder, open_file, parquet_files
 from trl_stare.data.rollout import stream
-from trl_stare.data.schema import TRAJECTORY_FEATURES, merge_trajectories, save_trajectories, stored_settings
+from trl_stare.data.schema import (
+    SIGNAL_PREFIX,
+    TRAJECTORY_FEATURES,
+    merge_trajectories,
+    save_trajectories,
+    stored_settings,
+)
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.files import write_atomically
 from trl_stare.interfaces import EpisodeStart, VectorEnv, VoidEpisode
@@ -98,6 +104,8 @@ def collect_dataset(
     own |= {"episodes_per_seed": episodes_per_seed} | dict(settings or {})
     with _alone(Path(folder)):
         ledger = _Ledger(Path(folder), dict(env.metadata) | {"collection": own}, plan)
+        for part in _parts(ledger.folder):
+            _check_definition(part, env)
         there = min(len(ledger.kept), episodes)
         with tqdm(total=episodes, initial=there, desc=ledger.folder.name, unit="episode", disable=not progress) as bar:
             for trajectory in _play_missing(ledger, env, make_actor, episodes=episodes, seed=seed, name=name):
@@ -134,7 +142,23 @@ def relabel_dataset(folder: str | Path, plan: StagePlan) -> None:
 
 def _parts(folder: Path) -> list[Path]:
     """The folders that a collection's episodes lie in: its own, and one for each that was finished since."""
-    return [*([folder] if folder.exists() else []), *sorted(_partial(folder).glob("[0-9]*-[0-9]*"))]
+    return [*([folder] if any(folder.glob("*.parquet")) else []), *sorted(_partial(folder).glob("[0-9]*-[0-9]*"))]
+
+
+def _check_definition(part: Path, env: VectorEnv) -> None:
+    """Refuse to mix episodes of a task that is measured or told otherwise by now: a task is code, of which settings have the name."""
+    now = {"signals": sorted(env.signal_names), "instruction": [env.instruction]}
+    for file in parquet_files(part):
+        with open_file(file) as source:
+            names = source.schema_arrow.names
+            told = source.read(["instruction"])["instruction"].unique().to_pylist()
+        signals = sorted(name.removeprefix(SIGNAL_PREFIX) for name in names if name.startswith(SIGNAL_PREFIX))
+        for what, before in {"signals": signals, "instruction": told or now["instruction"]}.items():
+            if before != now[what]:
+                raise ValueError(
+                    f"`env` must be of the task that `{file}` was recorded in, got other `{what}`: {now[what]}, there {before}. "
+                    "Give another folder, or restore the task."
+                )
 
 
 def _partial(folder: Path) -> Path:
@@ -300,11 +324,15 @@ class _Ledger:
             write_atomically(self._settings, json.dumps(self.metadata))
 
     def merge(self, episodes: int) -> None:
-        """Make one dataset of the first `episodes` episodes, those merged before first, and tidy up."""
-        if new := sorted(self.single - self.merged):
-            sources = [self.folder, *map(self._file_of, new)]
-            merge_trajectories(sources, self.folder, episodes=max(episodes, len(self.merged)))
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Make one dataset of the first `episodes` episodes, those merged before first, and tidy up; what is beyond them stays single."""
+        new, room = sorted(self.single - self.merged), max(0, episodes - len(self.merged))
+        if room and new:
+            merge_trajectories([self.folder, *map(self._file_of, new[:room])], self.folder, episodes=episodes)
+        if len(new) <= room:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        for key in self.single - {*new[room:]}:
+            shutil.rmtree(self._file_of(key))
 
     def _file_of(self, key: Key) -> Path:
         return self.partial / f"{key.seed}-{key.repeat}"

@@ -36,7 +36,7 @@ def check_labels(folder: str | Path, plan: StagePlan) -> None:
                 raise ValueError(
                     f"`{file}`, row {row} must be labelled by the plan of {plan.task!r} as it is now, got `{differing}` "
                     f"{stored[differing]} where the plan says {now[differing]}. Restore the plan, or label the episodes anew: "
-                    "`trl_stare.data.relabel_dataset`, recipes/pairs.py --relabel true."
+                    "`trl_stare.data.relabel_dataset(folder, plan)`, or of a finished collection recipes/pairs.py --relabel true."
                 )
 
 

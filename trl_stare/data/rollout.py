@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,14 +113,17 @@ def demonstrate(
     mistake_size: float = 0.6,
     generator: torch.Generator | None = None,
     on_episode: Callable[[Trajectory], None] | None = None,
+    on_void: OnVoid | None = None,
 ) -> list[Trajectory]:
-    """Let a scripted expert show one episode per seed, one environment step at a time; see [`expert_actor`]."""
+    """Let a scripted expert show one episode per seed, one environment step at a time; see [`expert_actor`] and [`play`]."""
     act = expert_actor(expert, noise=noise, mistake_size=mistake_size, generator=generator)
-    return collect(env, act, seeds, name="expert", on_episode=on_episode)
+    return collect(env, act, seeds, name="expert", on_episode=on_episode, on_void=on_void)
 
 
 def replay(env: VectorEnv, trajectory: Trajectory) -> Trajectory:
     """Execute the recorded actions again, one environment step at a time: the same states, seen at every step.
+
+    What a demonstrator meant to do where a mistake was made, `labels`, is kept.
 
     Args:
         env (`VectorEnv`): of the same task, with `chunk_size` 1; its images may have another size (a video).
@@ -144,7 +147,7 @@ def replay(env: VectorEnv, trajectory: Trajectory) -> Trajectory:
     for name, value in trajectory.signals.items():
         if not torch.equal(value, again.signals[name]):
             raise _unlike(trajectory, name)
-    return again
+    return replace(again, labels=trajectory.labels)
 
 
 def _unlike(trajectory: Trajectory, what: str) -> ValueError:

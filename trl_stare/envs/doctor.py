@@ -233,12 +233,16 @@ def check_light_visuals() -> list[Check]:
 def check_assets() -> list[Check]:
     """Downloaded assets. StackCube-v1 needs none; the Bridge tasks do."""
     data = Path(os.environ.get("MS_ASSET_DIR", Path.home() / ".maniskill")) / "data"
-    if (data / "tasks" / "bridge_v2_real2sim_dataset").is_dir():
+    needed = {
+        "bridge_v2_real2sim": data / "tasks" / "bridge_v2_real2sim_dataset",
+        "widowx250s": data / "robots" / "widowx",
+    }
+    missing = [name for name, folder in needed.items() if not folder.is_dir()]
+    if not missing:
         return [Check("assets", "ok", f"Bridge tasks: in {data}")]
-    repair = f"{sys.executable} -m mani_skill.utils.download_asset bridge_v2_real2sim -y"
-    return [
-        Check("assets", "ok", "StackCube-v1 needs none; those of the Bridge tasks are not here (optional)", repair)
-    ]
+    repair = " && ".join(f"{sys.executable} -m mani_skill.utils.download_asset {name} -y" for name in missing)
+    found = f"StackCube-v1 needs none; of the Bridge tasks {', '.join(missing)} is not here (optional)"
+    return [Check("assets", "ok", found, repair)]
 
 
 CHECKS: tuple[Callable[[], list[Check]], ...] = (

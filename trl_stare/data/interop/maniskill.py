@@ -163,7 +163,8 @@ def replay_maniskill(env: VectorEnv, episode: ManiSkillEpisode, *, name: str = "
     if episode.success and not trajectory.success_once:
         raise ValueError(
             f"`episode` of seed {episode.seed} must succeed here as it was recorded, got a failure after {trajectory.num_steps} of "
-            f"{len(episode.actions)} steps. If it is longer than the time limit, raise that by "
-            '`make_env(..., env_kwargs={"max_episode_steps": ...})`; or is it another backend or version of the simulator?'
+            f"{len(episode.actions)} steps. If it is longer than the time limit, raise that before `make_env`: "
+            f"`register_simulated_task(dataclasses.replace(get_simulated_task({env.task!r}), env_kwargs={{'max_episode_steps': ...}}))` "
+            "of `trl_stare.envs`; or is it another backend or version of the simulator?"
         )
     return trajectory
