@@ -47,7 +47,9 @@ class CollectArguments:
     first_seed: int = field(default=100_000, metadata={"help": "Seed of the first episode; evaluations begin at 0."})
     seed: int = field(default=0, metadata={"help": "Seed of the actor's randomness."})
     num_envs: int = field(default=8, metadata={"help": "Environments, over all worker processes."})
-    num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default as cores allow."})
+    num_workers: int | None = field(
+        default=None, metadata={"help": "Worker processes; default as cores allow, or the GPU."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels; default a checkpoint's, or the task's own."}
     )

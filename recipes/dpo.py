@@ -1,7 +1,8 @@
 """StA-TPO on stored trajectories and stage pairs, for any checkpoint: one process or many.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/dpo.py --model outputs/ipi/imitation \
-        --trajectories data/rollouts --preferences data/pairs --output_dir outputs/dpo --step_micro_batch_size 32
+        --trajectories data/rollouts --preferences data/pairs --output_dir outputs/dpo --step_micro_batch_size 32 \
+        --centered true --learning_rate 1e-4
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/dpo.py --model user/policy --model_revision v1 \
         --trajectories user/stackcube-pairs --revision v1 --output_dir outputs/dpo --step_micro_batch_size 32
 

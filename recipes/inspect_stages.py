@@ -48,7 +48,9 @@ class InspectArguments:
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of a checkpoint; 0 is greedy."})
     videos: int = field(default=2, metadata={"help": "Episodes to film, from the first on."})
     num_envs: int = field(default=4, metadata={"help": "Environments, over all worker processes."})
-    num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default as cores allow."})
+    num_workers: int | None = field(
+        default=None, metadata={"help": "Worker processes; default as cores allow, or the GPU."}
+    )
     visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
     task_module: str | None = field(
         default=None, metadata={"help": "Module, or its file, that registers tasks and policies of your own."}

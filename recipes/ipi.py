@@ -3,10 +3,10 @@
     accelerate launch recipes/ipi.py --config recipes/configs/ipi_stackcube_tiny.yaml --output_dir outputs/ipi
 
 Flags override the file, those of a phase by its name: `--interaction.learning_rate 3e-4`. The same command with the same
-`--output_dir` continues where it stopped. `--phases preference,interaction --init_checkpoint PATH` starts from a checkpoint, and
-`--init_checkpoint openvla/openvla-7b --policy.unnorm_key bridge_orig --chunk_size 1 --image_size 224 --lora.r 32` trains another VLA
-in all three phases, by adapters that are merged at the end of each. `--preference_rounds 4` does the preference phase four times, each
-on rollouts of what the time before made; rounds after the first are `preference-2`, `preference-3`, ...
+`--output_dir` continues where it stopped. `--phases preference,interaction --init_checkpoint PATH` starts from a checkpoint. Another
+VLA than the small one is trained in all three phases by `--lora.r 32`, adapters that are merged at the end of each; it needs learning
+rates of its own: docs/openvla.md and docs/flow.md have commands. `--preference_rounds 4` does the preference phase four times, each on
+rollouts of what the time before made; rounds after the first are `preference-2`, `preference-3`, ...
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class IPIArguments:
         metadata={"help": "Most episodes played to find a phase's success and failure to film; 0: no videos."},
     )
     num_envs: int = field(default=16, metadata={"help": "Environments, over all worker processes."})
-    num_workers: int | None = field(default=None, metadata={"help": "Worker processes; default as cores allow."})
+    num_workers: int | None = field(
+        default=None, metadata={"help": "Worker processes; default as cores allow, or the GPU."}
+    )
     image_size: int = field(default=64, metadata={"help": "Pixels of the policy's image."})
     chunk_size: int = field(default=4, metadata={"help": "Environment steps per decision."})
     visuals: str | None = field(default=None, metadata={"help": "'light' (default on a CPU) or 'stock'."})
@@ -144,7 +146,11 @@ def main(args: IPIArguments) -> None:
     import_tasks(args.task_module)
     plan = get_plan(args.task)
     if args.init_checkpoint:
-        load_policy(args, args.init_checkpoint)
+        has_tokens = hasattr(load_policy(args, args.init_checkpoint), "action_logps")
+        if not has_tokens and any(getattr(config, "centered", False) for config in configs.values()):
+            raise ValueError(
+                "`preference.centered` must be false for a policy that samples no tokens, got true. Leave it out."
+            )
     records = phase_records(args)
     begun_from = () if args.init_checkpoint and records.done else ("init_checkpoint",)
     out = claim_folder(args.output_dir, asdict(args), free=("phases", "output_dir", "video_episodes", *begun_from))
@@ -353,14 +359,8 @@ def report(args: IPIArguments, timing: dict[str, float]) -> None:
 
 def make(args: IPIArguments, chunk_size: int) -> Any:
     """The task's environments."""
-    return make_env(
-        args.task,
-        args.num_envs,
-        num_workers=args.num_workers,
-        chunk_size=chunk_size,
-        image_size=args.image_size,
-        visuals=args.visuals,
-    )
+    options = {"num_workers": args.num_workers, "image_size": args.image_size, "visuals": args.visuals}
+    return make_env(args.task, args.num_envs, chunk_size=chunk_size, **options)
 
 
 def rounds(args: IPIArguments, phases: Sequence[str]) -> list[str]:

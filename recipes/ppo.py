@@ -86,7 +86,7 @@ class PPOArguments(PresetArguments):
     )
     num_envs: int = field(default=16, metadata={"help": "Environments of each process, over its workers."})
     num_workers: int | None = field(
-        default=None, metadata={"help": "Workers of each process; default as cores allow."}
+        default=None, metadata={"help": "Workers of each process; default as cores allow, or the GPU."}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels; default what `model` reads, or 64 for a new small VLA."}

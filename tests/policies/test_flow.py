@@ -16,6 +16,7 @@ from trl_stare.policies.flow import FlowSettings, lerobot_name
 from trl_stare.policies.flow.policy import hold
 from trl_stare.policies.flow.sde import gaussian_entropy, gaussian_logps, noisy_actions, ode_step, sde_step
 from trl_stare.policies.flow.trace import FlowTrace, pack, unpack
+from trl_stare.policies.lerobot.configuration import LeRobotFlowConfig
 
 
 def observe(n=2, size=28, seed=0):
@@ -296,3 +297,15 @@ def test_bad_settings_and_gradient_checkpointing():
     policy.model.train()
     with pytest.raises(ValueError, match="`gradient_checkpointing` must be False for pi0"):
         policy.score(inputs, policy.encode(torch.zeros(2, 4, 7)))
+
+
+@pytest.mark.parametrize(
+    ("lerobot", "size"),
+    [
+        ({"type": "smolvla", "resize_imgs_with_padding": [512, 512]}, 512),
+        ({"type": "smolvla", "resize_imgs_with_padding": None}, None),
+        ({"type": "pi05", "image_resolution": [224, 224]}, 224),
+    ],
+)
+def test_the_recipes_are_told_which_pictures_lerobots_networks_see(lerobot, size):
+    assert LeRobotFlowConfig(lerobot).image_size == size

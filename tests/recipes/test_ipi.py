@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from trl_stare import TokenPolicy
 from trl_stare.data import load_pairs, load_trajectories
+from trl_stare.policies import create_tiny_pi0
 
 ROOT = Path(__file__).parents[2]
 PHASES = ["imitation", "preference", "preference-2", "interaction"]
@@ -154,6 +155,15 @@ def test_bad_input_is_refused_before_any_work(run_script, tmp_path, changes, mes
     flags = [part for pair in changes.items() for part in pair]
     with pytest.raises(ValueError, match=message):
         run_script("recipes/ipi.py", "--output_dir", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_without_tokens_is_refused_centered_scores_before_any_work(run_script, tmp_path):
+    policy = create_tiny_pi0({"panda": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}})
+    policy.save_pretrained(tmp_path / "pi0")
+    flags = ["--init_checkpoint", tmp_path / "pi0", "--chunk_size", policy.chunk_size, "--output_dir", tmp_path / "run"]
+    with pytest.raises(ValueError, match="`preference.centered` must be false for a policy that samples no tokens"):
+        run_script("recipes/ipi.py", *flags, "--preference.centered", True)
     assert not (tmp_path / "run").exists()
 
 

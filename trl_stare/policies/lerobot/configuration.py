@@ -10,6 +10,10 @@ NUM_STEPS = {"smolvla": "num_steps", "pi05": "num_inference_steps"}
 """LeRobot's type -> its name for the number of denoising steps. These are the types with an adapter."""
 
 
+PICTURES = {"smolvla": "resize_imgs_with_padding", "pi05": "image_resolution"}
+"""LeRobot's type -> its name for the height and width that its network resizes pictures to."""
+
+
 class LeRobotFlowConfig(PreTrainedConfig):
     """LeRobot's configuration, and what a [`FlowPolicy`] needs to know besides.
 
@@ -56,6 +60,12 @@ class LeRobotFlowConfig(PreTrainedConfig):
         self.time_sampling_beta_alpha, self.time_sampling_beta_beta = time_sampling_beta_alpha, time_sampling_beta_beta
         self.time_sampling_scale, self.time_sampling_offset = time_sampling_scale, time_sampling_offset
         super().__init__(**kwargs)
+
+    @property
+    def image_size(self) -> int | None:
+        """Pixels of a side of the pictures that the network sees; `None` where it takes them as they are."""
+        size = self.lerobot.get(PICTURES[self.lerobot["type"]])
+        return max(size) if size else None
 
     @property
     def lerobot_fields(self) -> dict[str, Any]:

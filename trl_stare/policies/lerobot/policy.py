@@ -27,6 +27,11 @@ class LeRobotFlowPolicy(FlowPolicy, model_type="lerobot_flow"):
     processor_class = LeRobotFlowProcessor
 
     @property
+    def image_size(self) -> int | None:
+        """Pixels of a side of the pictures that the network sees, which it resizes by itself."""
+        return self.model.config.image_size
+
+    @property
     def num_features(self) -> int:
         """`F`: the prompt's hidden state and the proprioception, padded."""
         return inner_model(self.model).hidden_size + self.model.config.max_state_dim
