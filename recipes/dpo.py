@@ -40,7 +40,7 @@ from trl_stare.files import dataset_digest
 from trl_stare.policies.adapters import whole_checkpoint
 from trl_stare.runs import claim_checkpoint, training_settings
 from trl_stare.tasks import import_tasks
-from trl_stare.trainers import get_policy_peft_config
+from trl_stare.trainers import adapter_settings, get_policy_peft_config
 
 logger = logging.getLogger("dpo")
 
@@ -85,7 +85,7 @@ def main(args: DPOArguments, config: StageDPOConfig, model_args: ModelConfig) ->
     )
     # by all processes at once: ZeRO-3 divides the weights among them
     policy = TokenPolicy.from_pretrained(checkpoint, args.unnorm_key, **options)
-    settings = training_settings(config) | asdict(args)
+    settings = training_settings(config) | asdict(args) | {"adapter": adapter_settings(model_args)}
     settings["weights"] = file_digests(checkpoint_folder(args.model, model_args.model_revision))
     settings["data"] = [dataset_digest(trajectories), dataset_digest(preferences)]
     rows = Path(config.output_dir) / "_pairs" / "pairs.arrow"

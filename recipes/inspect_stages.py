@@ -11,7 +11,6 @@ import json
 import logging
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from trl import TrlParser
 
 from trl_stare import get_plan, make_env
 from trl_stare.actors import load_actor
-from trl_stare.data import collect
+from trl_stare.data import collect, warn_of_void
 from trl_stare.evaluation import can_film, film_episode, inspect, plot_timelines
-from trl_stare.interfaces import EpisodeStart, VoidEpisode
 from trl_stare.runs import set_entries
 from trl_stare.stages import check
 from trl_stare.tasks import import_tasks
@@ -74,7 +72,7 @@ def main(args: InspectArguments) -> None:
     ):
         act = actor.make(torch.Generator().manual_seed(args.seed))
         trajectories = collect(
-            env, act, seeds, name=actor.name, on_episode=lambda _: bar.update(), on_void=partial(leave_out, bar)
+            env, act, seeds, name=actor.name, on_episode=lambda _: bar.update(), on_void=warn_of_void
         )
     if not trajectories:
         raise SystemExit(
@@ -93,12 +91,6 @@ def main(args: InspectArguments) -> None:
             for trajectory in trajectories[: args.videos]:
                 film_episode(camera, trajectory, plan, out)
     logger.info("written to %s", out)
-
-
-def leave_out(bar: tqdm, start: EpisodeStart, void: VoidEpisode) -> None:
-    """Tell of an episode that holds no numbers; the others are looked at."""
-    logger.warning("seed %d is left out, whose %s was not finite at step %d", start.seed, void.what, void.step)
-    bar.update()
 
 
 if __name__ == "__main__":

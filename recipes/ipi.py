@@ -152,7 +152,8 @@ def main(args: IPIArguments) -> None:
                 "`preference.centered` must be false for a policy that samples no tokens, got true. Leave it out."
             )
     records = phase_records(args)
-    begun_from = () if args.init_checkpoint and records.done else ("init_checkpoint",)
+    # need not be said again, but rollouts and weights of one must not go on as another's
+    begun_from = ("init_checkpoint",) if args.init_checkpoint is None and records.done else ()
     out = claim_folder(args.output_dir, asdict(args), free=("phases", "output_dir", "video_episodes", *begun_from))
     (out / "evaluation").mkdir(exist_ok=True)
     watch = Stopwatch(out / "timing.json")
@@ -380,10 +381,9 @@ def trainer_config(args: IPIArguments, phase: str) -> Any:
     cls = {"imitation": StageSFTConfig, "preference": StageDPOConfig, "interaction": StagePPOConfig}[kind]
     own = {name: as_number(value) for name, value in getattr(args, kind).items()}
     given = {"report_to": "none", "seed": args.seed, "use_cpu": not torch.cuda.is_available(), **own}
-    if "temperature" in own:
-        raise ValueError(
-            f"`{kind}` must not have a temperature of its own, got {own['temperature']}. Use `temperature`."
-        )
+    for name in ("temperature", "eval_temperature"):
+        if name in own:
+            raise ValueError(f"`{kind}` must not have its own {name}, got {own[name]}. Use `temperature`.")
     given |= {} if kind == "imitation" else {"temperature": args.temperature}
     return make_config(cls, kind, output_dir=str(Path(args.output_dir) / phase / "training"), **given)
 

@@ -40,9 +40,9 @@ from trl_stare.data import TrajectoryFolder, collect_dataset
 from trl_stare.evaluation import PLAIN_METHODS, file_digests, write_episodes, write_model_card
 from trl_stare.policies import norm_stats
 from trl_stare.policies.adapters import whole_checkpoint
-from trl_stare.runs import claim_checkpoint, set_entries, training_settings
+from trl_stare.runs import claim_checkpoint, claim_folder, set_entries, training_settings
 from trl_stare.tasks import import_tasks
-from trl_stare.trainers import get_policy_peft_config, preset_fields
+from trl_stare.trainers import adapter_settings, get_policy_peft_config, preset_fields
 
 logger = logging.getLogger("ppo")
 
@@ -52,6 +52,8 @@ NEW_IMAGE_SIZE = 64
 """Pixels of a side of the pictures of a new small VLA."""
 FREE = ("eval_episodes", "num_envs", "num_workers", "task_module", "model")
 """May differ when a run is continued; the checkpoint is known by its files, wherever they are."""
+IMITATED = ("task", "demonstrations", "imitation", "image_size", "chunk_size", "visuals")
+"""What a new small VLA is made of."""
 
 
 @dataclass
@@ -108,6 +110,7 @@ def main(args: PPOArguments, config: StagePPOConfig, model_args: ModelConfig) ->
     import_tasks(args.task_module)
     plan, out = get_plan(args.task), Path(config.output_dir)
     if args.model is None:
+        claim_folder(out / "imitated", {name: getattr(args, name) for name in IMITATED} | {"seed": config.seed})
         if not (out / "initial").exists():
             imitate(args, config, plan)
     set_seed(config.seed)
@@ -118,6 +121,7 @@ def main(args: PPOArguments, config: StagePPOConfig, model_args: ModelConfig) ->
         trainer = StagePPOTrainer(policy, config, env, plan, starts, held_out)
         weights = {} if args.model is None else file_digests(checkpoint_folder(args.model, model_args.model_revision))
         settings = training_settings(config) | asdict(args) | {"weights": weights}
+        settings["adapter"] = adapter_settings(model_args)
         claim_checkpoint(out, settings, free=FREE)
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or True)
         if trainer.is_finished:

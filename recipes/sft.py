@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, TrlParser
 
 from trl_stare import StageSFTConfig, StageSFTTrainer, TokenPolicy, get_plan
@@ -32,7 +33,7 @@ from trl_stare.policies.conventions import get_convention
 from trl_stare.policies.pretrained import vla_settings
 from trl_stare.runs import claim_checkpoint, set_entries, training_settings
 from trl_stare.tasks import import_tasks
-from trl_stare.trainers import get_policy_peft_config
+from trl_stare.trainers import adapter_settings, get_policy_peft_config
 
 FREE = ("task_module", "model", "demonstrations")
 """May differ when a run is continued: checkpoint and demonstrations are known by what is in them, wherever they are."""
@@ -72,12 +73,16 @@ class SFTArguments:
 def main(args: SFTArguments, config: StageSFTConfig, model_args: ModelConfig) -> None:
     """Train, merge the adapter where there is one, and save to `output_dir`."""
     import_tasks(args.task_module)
+    peft_config = get_policy_peft_config(model_args)
+    if peft_config is not None and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "`use_peft` must be false under ZeRO-3, got true: no process has all weights to merge. Use `zero2.yaml`."
+        )
     set_seed(config.seed)  # LoRA's first weights are random
     shown = TrajectoryFolder(args.demonstrations)
     policy = load(args, model_args, Path(config.output_dir))
-    peft_config = get_policy_peft_config(model_args)
     trainer = StageSFTTrainer(policy, config, shown, get_plan(shown[0].task), peft_config=peft_config)
-    settings = training_settings(config) | asdict(args)
+    settings = training_settings(config) | asdict(args) | {"adapter": adapter_settings(model_args)}
     settings["weights"] = file_digests(checkpoint_folder(args.model, model_args.model_revision))
     settings["data"] = dataset_digest(args.demonstrations)
     checkpoint = claim_checkpoint(config.output_dir, settings, free=FREE)

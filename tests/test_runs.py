@@ -155,10 +155,16 @@ def test_what_of_a_trainers_configuration_decides_about_its_weights(tmp_path):
         "num_train_epochs": 9,
         "logging_steps": 7,
         "save_steps": 3,
-        "gradient_accumulation_steps": 2,
+        "stop_grace_s": 60.0,
         "eval_temperature": 0.5,
     }
+    # against too little memory, or with more GPUs: an iteration keeps its updates
+    minibatches = StagePPOConfig(str(tmp_path)).num_minibatches
+    free |= {"gradient_accumulation_steps": 2, "num_minibatches": 2 * minibatches}
     assert training_settings(StagePPOConfig(str(tmp_path / "b"), **given, **free)) == before
+    for alone in ("gradient_accumulation_steps", "num_minibatches"):
+        after = training_settings(StagePPOConfig(str(tmp_path), **given, **{alone: free[alone]}))
+        assert {name for name in before if before[name] != after[name]} == {"updates_per_iteration"}
     claim_folder(tmp_path, before)
     for changed in ({"shaping_weight": 0.0}, {"learning_rate": 1e-3}, {"seed": 3}, {"advantage_norm": "stage"}):
         after = training_settings(StagePPOConfig(str(tmp_path), **given | changed))

@@ -27,7 +27,10 @@ OPTIMISER = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
 )  # fmt: skip
 """Of the Trainer's own fields, what decides about the weights wherever and however long a run goes on."""
-INCIDENTAL = ("step_micro_batch_size", "ref_cache_dir", "dataset_num_proc", "eval_temperature", "max_skipped_updates")
+INCIDENTAL = (
+    "step_micro_batch_size", "ref_cache_dir", "dataset_num_proc", "eval_temperature", "max_skipped_updates", "stop_grace_s",
+    "activation_offloading", "precompute_ref_batch_size",
+)  # fmt: skip
 """Of the others, what does not."""
 
 
@@ -79,12 +82,17 @@ def training_settings(config: TrainingArguments) -> dict[str, Any]:
     """What of a trainer's configuration a run that is continued must have in common with its beginning: the optimizer's settings and
     all that the trainer itself brings.
 
-    Not so its length, and what a machine with more or fewer GPUs needs otherwise: batches, accumulation, precision.
+    Not so its length, and what a machine with more or fewer GPUs needs otherwise: batches, accumulation (of PPO with the number of
+    minibatches, so that an iteration keeps its updates), precision.
 
     Example: of a [`StagePPOConfig`] `learning_rate` and `shaping_weight` are among them, `num_train_epochs` and `logging_steps` not.
     """
     own = {field.name for field in fields(config)} - {field.name for field in fields(TrainingArguments)}
     values = config.to_dict()
+    if hasattr(config, "updates_per_iteration"):
+        # PPO counts its iterations in updates: minibatches may be halved if fewer are accumulated, but neither alone
+        values["updates_per_iteration"] = config.updates_per_iteration
+        own = own - {"num_minibatches"} | {"updates_per_iteration"}
     return {name: values[name] for name in sorted({*own, *OPTIMISER} - {*INCIDENTAL}) if name in values}
 
 

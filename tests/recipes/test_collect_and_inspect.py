@@ -78,7 +78,7 @@ def test_an_episode_that_the_simulator_spoils_is_told_of_and_the_others_are_look
             recipe.main(args)
             seen = json.loads((tmp_path / "1" / "stages.json").read_text())
             assert [episode["seed"] for episode in seen["episodes"]] == seeds
-    assert "seed 1 is left out, whose state was not finite at step 2" in caplog.text
+    assert "the episode of seed 1 is left out, whose state was not finite at step 2" in caplog.text
 
 
 @pytest.mark.parametrize(("recipe", "file"), [("inspect_stages", "stages.json"), ("evaluate", "eval_info.json")])

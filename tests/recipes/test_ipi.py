@@ -141,7 +141,8 @@ def recipe(load_recipe):
     [
         ({"--task": "StackCubes-v1"}, "Did you mean 'StackCube-v1'"),
         ({"--interaction.gamma": 2}, r"`gamma` must be in \[0, 1\], got 2"),
-        ({"--preference.temperature": 0.5}, "`preference` must not have a temperature of its own, got 0.5"),
+        ({"--preference.temperature": 0.5}, "`preference` must not have its own temperature, got 0.5"),
+        ({"--interaction.eval_temperature": 0.6}, "`interaction` must not have its own eval_temperature, got 0.6"),
         ({"--num_demonstrations": 0}, "`num_demonstrations` must be at least 1"),
         ({"--preference_rounds": 0}, "`preference_rounds` must be at least 1"),
         ({"--rollouts_per_start": 1}, "at least 2 to compare"),
@@ -161,10 +162,33 @@ def test_bad_input_is_refused_before_any_work(run_script, tmp_path, changes, mes
 def test_a_policy_without_tokens_is_refused_centered_scores_before_any_work(run_script, tmp_path):
     policy = create_tiny_pi0({"panda": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}})
     policy.save_pretrained(tmp_path / "pi0")
-    flags = ["--init_checkpoint", tmp_path / "pi0", "--chunk_size", policy.chunk_size, "--output_dir", tmp_path / "run"]
+    flags = [
+        "--init_checkpoint",
+        tmp_path / "pi0",
+        "--chunk_size",
+        policy.chunk_size,
+        "--output_dir",
+        tmp_path / "run",
+    ]
     with pytest.raises(ValueError, match="`preference.centered` must be false for a policy that samples no tokens"):
         run_script("recipes/ipi.py", *flags, "--preference.centered", True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_that_has_begun_from_one_checkpoint_does_not_go_on_from_another(recipe, monkeypatch, tmp_path):
+    stats = {"action": {"scale": [1.0] * 7}, "state": {"mean": [0.0] * 8, "std": [1.0] * 8}}
+    for name in ("a", "b"):
+        TokenPolicy.create_tiny({"toy": stats}, image_size=16).save_pretrained(tmp_path / name)
+
+    def killed(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(recipe, "make", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(recipe, "prefer", killed)
+    given = {"phases": "preference", "image_size": 16, "output_dir": str(tmp_path / "run")}
+    for checkpoint, error in (("a", InterruptedError), ("a", InterruptedError), ("b", ValueError)):
+        with pytest.raises(error, match=r"\['init_checkpoint'\]" if checkpoint == "b" else None):
+            recipe.main(recipe.IPIArguments(init_checkpoint=str(tmp_path / checkpoint), **given))
 
 
 def test_no_videos_where_an_episode_does_not_repeat_itself(recipe, monkeypatch, tmp_path, caplog):

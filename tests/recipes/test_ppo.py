@@ -178,3 +178,23 @@ def test_what_is_published_is_played_at_the_temperature_of_evaluation(
     trainer = SimpleNamespace(env=None, plan=None, args=config, eval_dataset=starts, train_dataset=starts)
     with pytest.raises(InterruptedError, match=f"^{temperature}$"):
         recipe.report(args, config, trainer)
+
+
+def test_a_small_vla_of_other_demonstrations_is_not_taken_for_the_one_that_is_asked_for(recipe, monkeypatch, tmp_path):
+    def imitate(args, config, plan):
+        stats = {"action": {"scale": [1.0] * 7}, "state": {"mean": [0.0] * 8, "std": [1.0] * 8}}
+        TokenPolicy.create_tiny({args.task: stats}, image_size=16).save_pretrained(tmp_path / "initial")
+
+    def killed(*_, **__):
+        raise InterruptedError
+
+    monkeypatch.setattr(recipe, "imitate", imitate)
+    monkeypatch.setattr(recipe, "make", killed)
+    for flags, error in (
+        ([], InterruptedError),
+        ([], InterruptedError),
+        (["--demonstrations", "9", "--seed", "1"], ValueError),
+    ):
+        args, config = parse(recipe, "--output_dir", str(tmp_path), *flags)
+        with pytest.raises(error, match=r"other \['demonstrations', 'seed'\]" if flags else None):
+            recipe.main(args, config, ModelConfig())

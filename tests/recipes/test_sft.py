@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from trl import ModelConfig
 
-from trl_stare import FlowPolicy, TokenPolicy
+from trl_stare import FlowPolicy, StageSFTConfig, TokenPolicy
 from trl_stare.data import Trajectory, save_trajectories
 from trl_stare.policies import HFVLMPolicy, create_tiny_pi0
 from trl_stare.stages import get_plan
@@ -162,3 +163,11 @@ def test_ipi_imitates_with_a_llava(llava, load_recipe, lora):
     recipe.imitate(args, recipe.trainer_config(args, "imitation"), shown, get_plan(TASK))
     policy = trained_llava(llava, llava / "ipi" / "imitation")
     assert policy.unnorm_key == "another" and policy.model.config.vla["action_convention"] == "bridge"
+
+
+def test_an_adapter_is_refused_where_no_process_could_merge_it(load_recipe, tmp_path, monkeypatch):
+    recipe = load_recipe("sft")
+    monkeypatch.setattr(recipe, "is_deepspeed_zero3_enabled", lambda: True)
+    given = recipe.SFTArguments("model", "demonstrations"), StageSFTConfig(str(tmp_path)), ModelConfig(use_peft=True)
+    with pytest.raises(ValueError, match="`use_peft` must be false under ZeRO-3"):
+        recipe.main(*given)

@@ -113,6 +113,18 @@ def test_lora_saves_an_adapter(recipe, folders, tmp_path):
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert weights and all("lora_" in name for name in weights)
     assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+    # PEFT would load the weights into it, where they count for something else
+    with pytest.raises(ValueError, match="config.yaml has other \\['adapter'\\]"):
+        run(
+            recipe,
+            folders,
+            tmp_path,
+            use_peft=True,
+            lora_r=2,
+            lora_alpha=64,
+            lora_target_modules="q_proj v_proj",
+            loss_type="ipo",
+        )
     config = json.loads((tmp_path / "policy_config.json").read_text())  # statistics may not be the base's
     assert config["norm_stats"] and config["model_type"] == "stare_vla"
     assert "merge_checkpoint(" in (tmp_path / "README.md").read_text()

@@ -140,3 +140,24 @@ def test_rl4vla_settings_give_rl4vlas_update_but_for_its_factor_of_seven(tmp_pat
     for got, wanted in zip(ours, expected, strict=True):
         assert wanted.abs().sum() > 0
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", ["token", "action", "chunk"])
+def test_the_loss_of_two_processes_is_that_of_one(level, tmp_path):
+    """Ten whole decisions in one, ten of a single step in the other."""
+    g = torch.Generator().manual_seed(0)
+    args = StagePPOConfig(str(tmp_path), ratio_level=level, entropy_coef=0.1, use_cpu=True)
+    mask = torch.ones(20, 8, dtype=torch.bool)
+    mask[10:, 2:] = False
+    values = torch.zeros(20)
+    batch = {"logps": -torch.rand(20, 8, generator=g), "mask": mask, "advantages": torch.randn(20, generator=g)}
+    batch |= {"values": values, "returns": values}
+    evaluation = ActionEval(batch["logps"] + 0.05, torch.rand(20, 8, generator=g), torch.zeros(20, 1))
+
+    def loss(rows, *weights):
+        part = {name: value[rows] for name, value in batch.items()}
+        terms = ppo_terms(ActionEval(*(x[rows] for x in evaluation)), values[rows], part, args, action_dim=2)
+        return terms.actor_loss(args, *weights)
+
+    halves = [loss(rows, 2 * mask[rows].sum() / mask.sum(), 1.0) for rows in (slice(10), slice(10, 20))]
+    torch.testing.assert_close(sum(halves) / 2, loss(slice(20)))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ppo_toy import PLAN, ToyEnv, logged, make_trainer, make_trajectory
+from ppo_toy import PLAN, SpoiledEnv, ToyEnv, logged, make_trainer, make_trajectory
 
 from trl_stare.data import play
 from trl_stare.policies import TokenPolicy
@@ -109,3 +109,17 @@ def test_evaluation_has_its_own_temperature(tmp_path):
     first, again = trainer.evaluate(), trainer.evaluate()
     greedy = play(ToyEnv(), trainer.policy, [1000, 1001], temperature=0.0, generator=None, ignore_terminations=True)
     assert first == again and first["eval_success_once"] == sum(t.success_once for t in greedy) / 2
+
+
+def test_an_evaluation_goes_on_without_an_episode_that_the_simulator_spoils(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, eval_seeds=[1001, 1002, 1003, 1004])
+    whole = trainer.evaluate()
+    trainer.env = SpoiledEnv(1003, num_envs=8)
+    found = trainer.evaluate()
+    assert "the episode of seed 1003 is left out, whose state was not finite at step 2" in caplog.text
+    assert found.keys() <= whole.keys() and found["eval_success_once"] in (
+        0.0,
+        pytest.approx(1 / 3),
+        pytest.approx(2 / 3),
+        1.0,
+    )

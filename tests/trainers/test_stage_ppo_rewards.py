@@ -63,3 +63,8 @@ def test_a_task_without_a_grasp_is_refused_before_any_rollout(tmp_path):
 def test_unknown_rewards_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`reward` must be one of \('success', 'rl4vla'\), got 'dense'"):
         StagePPOConfig(str(tmp_path), reward="dense")
+
+
+def test_a_reward_that_asks_for_an_earlier_grasp_is_not_paid_to_episodes_that_begin_after_it(tmp_path):
+    with pytest.raises(ValueError, match="`reset_share` must be 0 with reward='rl4vla', got 0.2"):
+        StagePPOConfig(str(tmp_path), reward="rl4vla", reset_share=0.2)

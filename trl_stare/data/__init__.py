@@ -6,7 +6,7 @@ from trl_stare.data.demonstrations import DemonstrationCollator, demonstration_d
 from trl_stare.data.folder import TrajectoryFolder
 from trl_stare.data.labels import check_labels
 from trl_stare.data.pairs import PairSet, StagePair, build_pairs, format_yield
-from trl_stare.data.rollout import collect, demonstrate, play, replay, stream
+from trl_stare.data.rollout import collect, demonstrate, play, replay, stream, warn_of_void
 from trl_stare.data.schema import load_pairs, load_trajectories, save_pairs, save_trajectories, stored_settings
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.data.validate import InvalidDatasetError, validate_dataset
@@ -36,5 +36,6 @@ __all__ = [
     "save_trajectories",
     "stored_settings",
     "stream",
+    "warn_of_void",
     "validate_dataset",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from trl_stare.interfaces import (
     VoidEpisode,
     Work,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -148,6 +151,13 @@ def replay(env: VectorEnv, trajectory: Trajectory) -> Trajectory:
         if not torch.equal(value, again.signals[name]):
             raise _unlike(trajectory, name)
     return replace(again, labels=trajectory.labels)
+
+
+def warn_of_void(start: EpisodeStart, void: VoidEpisode) -> None:
+    """An `on_void` that logs which episode is left out, and why."""
+    logger.warning(
+        "the episode of seed %d is left out, whose %s was not finite at step %d", start.seed, void.what, void.step
+    )
 
 
 def _unlike(trajectory: Trajectory, what: str) -> ValueError:

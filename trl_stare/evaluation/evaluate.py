@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Collection, Sequence
 
@@ -10,12 +9,10 @@ import torch
 from tqdm.auto import tqdm
 
 from trl_stare.data.actors import policy_actor
-from trl_stare.data.rollout import stream
+from trl_stare.data.rollout import stream, warn_of_void
 from trl_stare.evaluation.records import EpisodeResult, PhaseResult
-from trl_stare.interfaces import EpisodeStart, VectorEnv, VLAPolicy, VoidEpisode
+from trl_stare.interfaces import VectorEnv, VLAPolicy
 from trl_stare.stages import StagePlan
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -54,7 +51,9 @@ def evaluate(
     act = policy_actor(policy, temperature=temperature, generator=torch.Generator().manual_seed(seed))
     began, finished = time.perf_counter(), {}
     with tqdm(total=len(seeds), desc="evaluate", unit="episode", disable=not progress) as bar:
-        for index, trajectory in stream(env, act, seeds, name="policy", ignore_terminations=True, on_void=_leave_out):
+        for index, trajectory in stream(
+            env, act, seeds, name="policy", ignore_terminations=True, on_void=warn_of_void
+        ):
             finished[index] = EpisodeResult.from_trajectory(trajectory, plan)
             rate = sum(episode.success_once for episode in finished.values()) / len(finished)
             bar.set_postfix_str(f"success_once {100 * rate:.0f} %", refresh=False)
@@ -69,12 +68,6 @@ def evaluate(
         metadata=env.metadata,
     )
     return result, episodes
-
-
-def _leave_out(start: EpisodeStart, void: VoidEpisode) -> None:
-    logger.warning(
-        "the episode of seed %d is left out, whose %s was not finite at step %d", start.seed, void.what, void.step
-    )
 
 
 def _check(env: VectorEnv, plan: StagePlan, seeds: Sequence[int], train_seeds: Collection[int]) -> None:

@@ -1,6 +1,6 @@
 """The three stages of IPI as TRL trainers: imitation, preference, interaction."""
 
-from trl_stare.trainers.adapters import get_policy_peft_config
+from trl_stare.trainers.adapters import adapter_settings, get_policy_peft_config
 from trl_stare.trainers.stage_dpo_config import StageDPOConfig
 from trl_stare.trainers.stage_dpo_trainer import StageDPOTrainer
 from trl_stare.trainers.stage_ppo_config import StagePPOConfig, preset_fields
@@ -15,6 +15,7 @@ __all__ = [
     "StagePPOTrainer",
     "StageSFTConfig",
     "StageSFTTrainer",
+    "adapter_settings",
     "get_policy_peft_config",
     "preset_fields",
 ]

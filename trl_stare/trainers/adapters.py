@@ -24,6 +24,20 @@ def get_policy_peft_config(model_args: ModelConfig) -> PeftConfig | None:
     return config
 
 
+def adapter_settings(model_args: ModelConfig) -> dict[str, Any] | None:
+    """What of a new adapter a run that is continued must have in common with its beginning, in plain values; `None` without one.
+
+    PEFT loads an adapter's weights into one of other settings: with another `lora_alpha` they count for more or less.
+
+    Example: of `ModelConfig(use_peft=True, lora_r=32)` `lora_r` is 32, and `lora_alpha` is among them.
+    """
+    if not model_args.use_peft:
+        return None
+    return {
+        name: value for name, value in vars(model_args).items() if name.startswith(("lora_", "use_rslora", "use_dora"))
+    }
+
+
 def require_trainable(model: Any, peft_config: PeftConfig | None = None) -> None:
     """Refuse a model on which training would be lost.
 

@@ -28,12 +28,19 @@ class PPOTerms(NamedTuple):
     kl: Tensor
     largest_ratio: Tensor
 
-    def actor_loss(self, args: StagePPOConfig) -> Tensor:
-        """What the policy descends: mean over tokens, weighted as configured."""
-        loss = args.policy_coef * self.policy.loss
+    def actor_loss(
+        self, args: StagePPOConfig, of_tokens: float | Tensor = 1.0, of_decisions: float | Tensor = 1.0
+    ) -> Tensor:
+        """What the policy descends, its parts weighted as configured.
+
+        Args:
+            of_tokens (`float` or `Tensor`), of_decisions (`float` or `Tensor`): what a mean over tokens and one over decisions weigh
+                in this process, see [`gradient_weights`]. A ratio of a whole chunk is a decision's.
+        """
+        loss = (of_decisions if args.ratio_level == "chunk" else of_tokens) * args.policy_coef * self.policy.loss
         if args.entropy_coef:  # times 0 the backward would still go through it
-            loss = loss - args.entropy_coef * self.entropy
-        return loss + args.kl_coef * self.kl if args.kl_coef else loss
+            loss = loss - of_tokens * args.entropy_coef * self.entropy
+        return loss + of_tokens * args.kl_coef * self.kl if args.kl_coef else loss
 
     def metrics(self) -> dict[str, list[float]]:
         """By the names they are logged under."""

@@ -223,6 +223,11 @@ class StagePPOConfig(_BaseConfig):
                 "`bootstrap_on_truncation=False` needs a critic that knows the time, got "
                 f"critic={self.critic!r}. Use one of {SIMULATOR_CRITICS}, or bootstrap."
             )
+        if self.reset_share and self.reward == "rl4vla":
+            raise ValueError(
+                f"`reset_share` must be 0 with reward='rl4vla', got {self.reset_share}: it pays for success only after a grasp, and one "
+                "before an episode's beginning is not known. Use reward='success'."
+            )
         self._require(
             ("lr_scheduler_type",),
             lambda value: value not in _BY_EVALUATION,

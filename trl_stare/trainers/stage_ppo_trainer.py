@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from trl_stare.data.actors import policy_actor
-from trl_stare.data.rollout import Timing, play, stream
+from trl_stare.data.rollout import Timing, play, stream, warn_of_void
 from trl_stare.data.trajectory import Trajectory
 from trl_stare.interfaces import VectorEnv, VLAPolicy
 from trl_stare.stages import StagePlan
@@ -254,7 +254,8 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
         learns = self._policy_learns(terms.policy.approx_kl)
         self._hold_policy(not learns)
         of_tokens, of_decisions = inputs["weights"]
-        loss = of_tokens * terms.actor_loss(args) * learns + of_decisions * args.value_coef * terms.value_loss
+        actor_loss = terms.actor_loss(args, of_tokens, of_decisions)
+        loss = actor_loss * learns + of_decisions * args.value_coef * terms.value_loss
         self._guard.look_at(loss.detach())
         self.record(terms.metrics() | {"policy/updated": [float(learns)]})
         if self._is_first_minibatch:
@@ -287,7 +288,10 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Play the held-out starts, from the beginning to the time limit; logs `{prefix}_success_once` and so on, see [`evaluation_counts`]."""
+        """Play the held-out starts, from the beginning to the time limit; logs `{prefix}_success_once` and so on, see [`evaluation_counts`].
+
+        An episode that the simulator spoils is left out, which is logged.
+        """
         args, was_training = self.args, self.model.training
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -300,7 +304,7 @@ class StagePPOTrainer(AtomicCheckpoints, _BaseTrainer):
                 generator=torch.Generator().manual_seed(args.seed),
             )
             starts = list(dataset["seed"])[args.process_index :: args.world_size]
-            played = stream(self.env, act, starts, name="policy", ignore_terminations=True)
+            played = stream(self.env, act, starts, name="policy", ignore_terminations=True, on_void=warn_of_void)
             counts = evaluation_counts((trajectory for _, trajectory in played), self.plan).items()
         self.model.train(was_training)
         counts = {f"{metric_key_prefix}_{name}": [self._sum(count) for count in pair] for name, pair in counts}
