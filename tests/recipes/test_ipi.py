@@ -20,7 +20,7 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_mac
           "--dynamo_backend", "no", "recipes/ipi.py"]  # fmt: skip
 SMALL = {
     "task": "PushCube-v1", "num_demonstrations": 24, "preference_rounds": 2, "preference_starts": 6,
-    "rollouts_per_start": 4, "min_cost_gap": 0, "eval_episodes": 8, "num_envs": 4, "video_episodes": 8,
+    "rollouts_per_start": 4, "min_cost_gap": 0, "eval_episodes": 8, "num_envs": 4, "video_episodes": 2,
     # a task, and as much imitation as it takes, in which some rollouts reach the cube: without any there are no pairs
     "image_size": 32, "imitation.max_steps": 400, "imitation.learning_rate": "1e-3", "imitation.per_device_train_batch_size": 16,
     "imitation.logging_steps": 50,

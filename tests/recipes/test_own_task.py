@@ -60,7 +60,7 @@ def test_the_plan_is_right_and_the_demonstrator_solves_the_task(module):
 @pytest.mark.parametrize("phases", ["imitation", pytest.param("imitation,interaction", marks=pytest.mark.slow)])
 def test_the_recipe_runs_on_it(module, tmp_path, phases):
     """Without Preference: after two steps of imitation no rollout passes a stage, so that there is nothing to compare."""
-    command = shlex.split(block("bash", "recipes/ipi.py"))
+    command = shlex.split(block("bash", "--output_dir outputs/poke\n"))
     assert command[:3] == ["accelerate", "launch", "recipes/ipi.py"]
     flags = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     given = [str(module) if part == "poke_cube.py" else part for part in command[2:]]
