@@ -10,11 +10,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from trl import TrlParser
 
 from trl_stare import get_plan, make_env
 from trl_stare.data import demonstrate
 from trl_stare.envs import get_simulated_task
 from trl_stare.envs.registry import _TASKS
+from trl_stare.runs import set_entries
 from trl_stare.stages import check
 from trl_stare.stages.registry import _PLANS
 from trl_stare.tasks import import_tasks
@@ -57,11 +59,23 @@ def test_the_plan_is_right_and_the_demonstrator_solves_the_task(module):
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("phases", ["imitation", pytest.param("imitation,interaction", marks=pytest.mark.slow)])
-def test_the_recipe_runs_on_it(module, tmp_path, phases):
-    """Without Preference: after two steps of imitation no rollout passes a stage, so that there is nothing to compare."""
-    command = shlex.split(block("bash", "--output_dir outputs/poke\n"))
+def command_of_the_page() -> list[str]:
+    """The line that runs all phases."""
+    return shlex.split(block("bash", "--output_dir outputs/poke\n"))
+
+
+def test_the_command_is_one_that_the_recipe_takes(load_recipe):
+    recipe, command = load_recipe("ipi"), command_of_the_page()
     assert command[:3] == ["accelerate", "launch", "recipes/ipi.py"]
+    parser = TrlParser(recipe.IPIArguments)
+    args = set_entries(*parser.parse_args_and_config(args=command[3:], return_remaining_strings=True))
+    assert (args.task, args.task_module, args.output_dir) == (TASK, "poke_cube.py", "outputs/poke")
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_on_it(module, tmp_path):
+    """Without Preference: after two steps of imitation no rollout passes a stage, so that there is nothing to compare."""
+    command, phases = command_of_the_page(), "imitation,interaction"
     flags = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     given = [str(module) if part == "poke_cube.py" else part for part in command[2:]]
     tiny = TINY | {"phases": phases, "output_dir": tmp_path / "run"}
