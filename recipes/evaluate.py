@@ -173,10 +173,8 @@ def main(args: EvaluateArguments) -> None:
     if args.push:
         logger.info("model card: %s", publish_results(args.model, eval_results(info)))
     if variations:
-        asked = {
-            *variations,
-            *played_variations(out),
-        }  # with those that are there the summary is of all, in the same order
+        # with those that were played before, so that the summary is of all; in one order
+        asked = {*variations, *played_variations(out)}
         names = [name for name in select_variations("all") if name in asked]
         varied = {name: evaluate_tasks(job, name, out / name, watch)[1] for name in names}
         rule, what = args.success_rule, {name: get_variation(name).what for name in names}

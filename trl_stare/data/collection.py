@@ -103,9 +103,7 @@ def collect_dataset(
     own = {"policy": name, "first_seed": first_seed, "seed": seed, "successes_only": successes_only}
     own |= {"episodes_per_seed": episodes_per_seed} | dict(settings or {})
     with _alone(Path(folder)):
-        ledger = _Ledger(Path(folder), dict(env.metadata) | {"collection": own}, plan)
-        for part in _parts(ledger.folder):
-            _check_definition(part, env)
+        ledger = _Ledger(Path(folder), env, own, plan)
         there = min(len(ledger.kept), episodes)
         with tqdm(total=episodes, initial=there, desc=ledger.folder.name, unit="episode", disable=not progress) as bar:
             for trajectory in _play_missing(ledger, env, make_actor, episodes=episodes, seed=seed, name=name):
@@ -231,18 +229,18 @@ class _Ledger:
 
     Args:
         folder (`Path`): the dataset.
-        metadata (`Mapping`): what the episodes depend on, the collection's own settings under `"collection"`.
+        env (`VectorEnv`): where they are played; its metadata are stored with them.
+        own (`Mapping`): the collection's own settings, stored under `"collection"`.
         plan ([`StagePlan`]): labels the stages.
 
     Raises:
-        ValueError: if what is there depends on something else, or is labelled by another plan; names it.
+        ValueError: if what is there depends on something else, is labelled by another plan, or is of another task; names it.
     """
 
-    def __init__(self, folder: Path, metadata: Mapping[str, Any], plan: StagePlan):
+    def __init__(self, folder: Path, env: VectorEnv, own: Mapping[str, Any], plan: StagePlan):
         self.folder, self.partial, self.plan = folder, _partial(folder), plan
         # as it comes back from a file: tuples are lists
-        self.metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata), default=str))
-        own = self.metadata["collection"]
+        self.metadata: dict[str, Any] = json.loads(json.dumps({**env.metadata, "collection": own}, default=str))
         self.first_seed, self.repeats, self.selects = (
             own[name] for name in ("first_seed", "episodes_per_seed", "successes_only")
         )
@@ -254,6 +252,7 @@ class _Ledger:
             self._compare(note)
         for part in _parts(folder):
             check_labels(part, plan)
+            _check_definition(part, env)
         self.single = {Key(*map(int, path.name.split("-"))) for path in self.partial.glob("[0-9]*-[0-9]*")}
         noted = self._vain.read_text().split() if self._vain.exists() else ()
         self.in_vain = {

@@ -16,7 +16,6 @@ from torch import Tensor
 DTYPES = ("|u1", "|b1", "<i4", "<i8", "<f2", "<f4", "<f8")
 """NumPy's names of what an array may hold: plain numbers, never objects."""
 
-
 MOST_OBJECTS = 200_000
 """Maps, lists and what is in them, in one message: those of thousands of observations, and little memory. What is large is an array, whose
 bytes are one object."""

@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 NUM_STEPS = {"smolvla": "num_steps", "pi05": "num_inference_steps"}
 """LeRobot's type -> its name for the number of denoising steps. These are the types with an adapter."""
 
-
 PICTURES = {"smolvla": "resize_imgs_with_padding", "pi05": "image_resolution"}
 """LeRobot's type -> its name for the height and width that its network resizes pictures to."""
 
